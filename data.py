@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import glob
 import hashlib
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision
 from filelock import FileLock  # a dependency of torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms import v2 as T
@@ -603,7 +605,7 @@ def read_blocks_ahead(index: ShardIndex, blocks, block: int):
         index.read_ahead(int(b) * block, min((int(b) + 1) * block, len(index)))
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_header(data: bytes) -> Image.Image:
     """Pillow image whose header has been read and found small enough, pixels not yet decoded. Raises BadSample."""
     try:
         picture = Image.open(io.BytesIO(data))
@@ -618,7 +620,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 def decode_pil(data: bytes) -> Image.Image:
     """Bytes of a picture -> RGB Pillow image, EXIF orientation applied, transparency on white. Raises BadSample."""
-    picture = open_picture(data)
+    picture = open_header(data)
     try:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # 16-bit grey, which convert() would clip
@@ -633,7 +635,7 @@ def decode_pil(data: bytes) -> Image.Image:
 
 def decode_image(data: bytes) -> torch.Tensor:
     """Bytes of a picture -> uint8 RGB (3, H, W). JPEG by torchvision (no copy through Pillow), all else by `decode_pil`."""
-    picture = open_picture(data)
+    picture = open_header(data)
     if decode_jpeg and picture.format == "JPEG" and "exif" not in picture.info:
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
@@ -703,6 +705,237 @@ def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, s
         TrainingSet(index, image_size=image_size, crop=crop, seed=seed), batch_sampler=order, collate_fn=collate,
         num_workers=workers, worker_init_fn=leave_signals_to_parent, pin_memory=pin, prefetch_factor=4 if workers else None)
 
+
+
+# ---- evaluation data: texts ----------------------------------------------------------------------------------------
+# Every reader raises UserError naming the file and the line (in a JSON array: the item) that it stumbled over.
+
+
+def read_lines(path):
+    """[(line number, stripped text)] of the lines that are not blank."""
+    # Not splitlines(), which would also cut at U+2028 and its like, legal inside a JSON string.
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_records(path, fields, aliases={}):
+    """The objects of a JSON array or of JSON lines, each with text under all fields; aliases: other names of keys."""
+    text, place = Path(path).read_text(encoding="utf-8-sig"), ""
+    try:
+        if text.lstrip().startswith("["):
+            found = [(f"item {number}", record) for number, record in enumerate(json.loads(text), 1)]
+        else:
+            found = []
+            for number, line in read_lines(path):
+                place = f", line {number}"
+                found.append((place[2:], json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}{place}: not JSON: {error}") from None
+    records = []
+    for place, record in found:
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, {place}: expected an object with {', '.join(fields)}")
+        record = {**{aliases[key]: record[key] for key in aliases if key in record}, **record}
+        for field in fields:
+            if not isinstance(record.get(field), str) or not record[field].strip():
+                raise UserError(f'{path}, {place}: no text under "{field}" (keys found: {", ".join(record)})')
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: no records; expected a JSON array or JSON lines with {', '.join(fields)}")
+    return records
+
+
+def read_pairs(path):
+    """[{"query", "paraphrase", "image"?, ...}]; the keys of SugarCrepe++ (caption, caption2, filename) serve, too."""
+    aliases = {"caption": "query", "caption2": "paraphrase", "filename": "image"}
+    return read_records(path, ["query", "paraphrase"], aliases)
+
+
+def read_triplets(path):
+    """[{"caption", "caption2", "negative_caption", "filename"?, ...}] of a SugarCrepe++ file."""
+    return read_records(path, ["caption", "caption2", "negative_caption"])
+
+
+def read_captions(path):
+    """{file name: [captions]} of a COCO captions file; pictures without a caption are left out."""
+    try:
+        coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        names = {image["id"]: image["file_name"] for image in coco["images"]}
+        captions = {}
+        for annotation in coco["annotations"]:
+            captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a COCO captions file ({type(error).__name__}: {error}); expected "
+                         '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}') from None
+    if not captions:
+        raise UserError(f"{path}: no annotations with a caption")
+    return captions
+
+
+def read_sts(path):
+    """[(sentence1, sentence2, score)] of CSV or TSV: the columns of these names, without a header the first three."""
+    first = read_lines(path)[:1] or [(1, "")]
+    # Tab-separated sets (GLUE's) hold stray quote characters that quote nothing.
+    style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if "\t" in first[0][1] else {}
+    rows, columns = [], (0, 1, 2)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, **style)
+        for row in reader:
+            names = [name.strip().lower() for name in row]
+            if not rows and {"sentence1", "sentence2", "score"} <= set(names):
+                columns = [names.index(name) for name in ("sentence1", "sentence2", "score")]
+            elif row:
+                try:
+                    sentence1, sentence2, score = (row[column] for column in columns)
+                    rows.append((sentence1, sentence2, float(score)))
+                except (IndexError, ValueError):
+                    raise UserError(f"{path}, line {reader.line_num}: expected sentence1, sentence2 and a number, "
+                                     f"found {row}") from None
+    if not rows:
+        raise UserError(f"{path}: no rows; expected sentence1, sentence2, score")
+    return rows
+
+
+def read_templates(path):
+    """The prompt templates of a file, one a line, each with {} where the class name goes."""
+    for number, line in read_lines(path):
+        if "{}" not in line:
+            raise UserError(f"{path}, line {number}: a template needs {{}} where the class name goes, found {line!r}")
+    return [line for _, line in read_lines(path)]
+
+
+# ---- evaluation data: pictures -------------------------------------------------------------------------------------
+# A gallery is a dict {name: item} in ranking order. An item is a file's path, a (tar, offset, bytes) range of a shard,
+# or a uint8 array (H, W, 3) of a torchvision data set that lives in memory.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def list_pictures(folder):
+    """The gallery of every picture below folder, sorted by its path relative to the folder, which is its name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of pictures")
+    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if not files:
+        raise UserError(f"{folder}: no picture in it or below ({', '.join(sorted(SUFFIXES))})")
+    return {name: folder / name for name in sorted(file.relative_to(folder).as_posix() for file in files)}
+
+
+def rows_by_name(names):
+    """{name: row}; a picture in a subfolder is also found by its file name alone, unless two share it."""
+    rows = {}
+    for i, name in enumerate(names):
+        short = name.rsplit("/", 1)[-1]
+        rows[short] = i if short not in rows else None
+    rows |= {name: i for i, name in enumerate(names)}
+    return {name: i for name, i in rows.items() if i is not None}
+
+
+def read_emoji(folder):
+    """(gallery, pairs, class names, {picture: class index}) of one split of the emoji benchmark."""
+    folder = Path(folder)
+    shard = folder / "00000.tar"
+    keys, rows, _, _ = index_shard(shard)
+    gallery = {key: (shard, int(row["image"]), int(row["image_size"])) for key, row in zip(keys, rows)}
+    zeroshot = json.loads((folder / "zeroshot.json").read_text(encoding="utf-8"))
+    return gallery, read_pairs(folder / "pairs.jsonl"), zeroshot["classnames"], zeroshot["labels"]
+
+
+def torchvision_set(name, root, **part):
+    try:
+        return getattr(torchvision.datasets, name)(root, **part)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{root}: torchvision's {name} is not there, and nothing is downloaded ({error})") from None
+
+
+def read_zeroshot(source, classnames=""):
+    """(gallery, class names, {picture: class index}) of labelled pictures.
+
+    source is a folder of class folders, or cifar10:ROOT, cifar100:ROOT, imagenet:ROOT for torchvision's data sets
+    (test or validation part; nothing is downloaded). Names come from the file classnames, one a line in the order of
+    the sorted folders, else from the folders, in torchvision's sets from torchvision; there _ is read as a space.
+    """
+    kind, _, root = source.partition(":")
+    if kind in ("cifar10", "cifar100"):
+        dataset = torchvision_set(kind.upper(), root, train=False)
+        names, gallery = dataset.classes, {f"test/{i}": picture for i, picture in enumerate(dataset.data)}
+        labels = dict(zip(gallery, dataset.targets))
+    elif kind == "imagenet":
+        root = Path(root).expanduser()
+        if (root / "meta.bin").exists() or any(root.glob("ILSVRC2012_devkit*")):
+            dataset = torchvision_set("ImageNet", root, split="val")
+            names = [synonyms[0] for synonyms in dataset.classes]
+        else:  # the validation folders alone will do where they are complete: their order is that of the categories
+            dataset = torchvision_set("ImageFolder", root / "val")
+            names = dataset.classes
+        if len(names) == 1000:
+            names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+        gallery = {Path(file).relative_to(root).as_posix(): Path(file) for file, _ in dataset.samples}
+        labels = dict(zip(gallery, dataset.targets))
+    else:
+        gallery = {name: path for name, path in list_pictures(source).items() if "/" in name}
+        names = sorted(folder.name for folder in Path(source).iterdir() if folder.is_dir())
+        labels = {name: names.index(name.split("/")[0]) for name in gallery}
+    if not labels:
+        raise UserError(f"{source}: no class folders with pictures; expected one folder a class")
+    names = [name.replace("_", " ") for name in names]
+    if classnames:
+        given = [line for _, line in read_lines(classnames)]
+        if len(given) != len(names):
+            raise UserError(f"{classnames}: {len(given)} names for the {len(names)} classes of {source}")
+        names = given
+    return gallery, names, labels
+
+
+def open_picture(item):
+    """PIL image (RGB) of a gallery's item; raises BadSample or OSError."""
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    if isinstance(item, Path):
+        return decode_pil(item.read_bytes())
+    shard, offset, size = item
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return decode_pil(file.read(size))
+
+
+def stamp(item):
+    """What tells an item from its later versions without decoding it: path, size and time, or a hash of the pixels."""
+    if isinstance(item, np.ndarray):
+        return hashlib.sha256(item.tobytes()).hexdigest()
+    path, *span = [item] if isinstance(item, Path) else item
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, *span]
+
+
+class Pictures(torch.utils.data.Dataset):
+    """(index, preprocess(picture), None), or (index, None, reason) where the picture cannot be read."""
+
+    def __init__(self, gallery, preprocess):
+        self.items, self.preprocess = list(gallery.values()), preprocess
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        try:
+            return index, self.preprocess(open_picture(self.items[index])), None
+        except (ValueError, OSError) as error:  # BadSample, or a picture that the model's own preprocessing refuses
+            return index, None, str(error) or type(error).__name__
+
+
+def collate_pictures(samples):
+    """(indices, batch or None, [(index, reason)]): the readable pictures as one batch, the others by name."""
+    good = [sample for sample in samples if sample[1] is not None]
+    batch = torch.utils.data.default_collate([pixels for _, pixels, _ in good]) if good else None
+    bad = [(index, reason) for index, pixels, reason in samples if pixels is None]
+    return [index for index, *_ in good], batch, bad
+
+
+def picture_loader(gallery, preprocess, batch_size, workers):
+    """Batches of a gallery in its order, see collate_pictures; preprocess is the model's own (PIL RGB -> tensors)."""
+    return torch.utils.data.DataLoader(Pictures(gallery, preprocess), batch_size, num_workers=workers,
+                                       collate_fn=collate_pictures)
 
 
 # ---- looking a shard set over --------------------------------------------------------------------------------------

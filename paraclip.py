@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import resource
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -94,7 +97,7 @@ PRESETS = {"cc12m": dict(image_size=224, patch_size=16, width=768, depth=12, hea
 FREE = ("out", "workers", "accum", "compile", "save_every", "bench")
 
 
-def parse_config(cls, argv=None, presets={}, **positional):
+def parse_config(cls, argv=None, presets={}):
     """An instance of the dataclass `cls` from the command line; each field is a flag, its metadata argparse's arguments.
 
     Flags given win over presets[cfg.data], which wins over the field's default. Unknown flags are refused in one line.
@@ -107,19 +110,34 @@ def parse_config(cls, argv=None, presets={}, **positional):
                     formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(cls):
         more = dict(f.metadata)
-        if f.default not in ("", None, dataclasses.MISSING):
-            more["help"] += f" (default: {f.default})"
-        if isinstance(f.default, bool):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        if default not in ("", []):
+            more["help"] += f" (default: {default})"
+        positional = more.pop("positional", False)
+        if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):
+            more["nargs"] = "*" if positional else "+"
         else:
-            more.setdefault("type", type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), **more)
+            more.setdefault("type", type(default))
+        parser.add_argument(f.name if positional else "--" + f.name.replace("_", "-"), **more)
     given = vars(parser.parse_args(argv))
     return cls(**presets.get(given.get("data"), {}) | given)
 
 
 # ---- towers --------------------------------------------------------------------------------------------------------
 # Shapes: B pairs on this rank, N in the global batch, T tokens or patches, W width of a tower, H heads, E embed_dim.
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v, each (B, H, T, D); `mask` is False where a key is padding."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # The fused kernel's backward pass is slow on CPUs: written out, the default tower trains twice as fast.
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e9)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: (B, T, W) -> (B, T, W). `mask` (B, 1, 1, T) is False where a token is padding."""
 
@@ -136,7 +154,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         B, T, W = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = attention(q, k, v, mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
@@ -294,7 +312,9 @@ class ParaCLIP(nn.Module):
                             f"--width {cfg.width} one of --heads {cfg.heads}")
         if cfg.geometry and cfg.text not in ("frozen", "align"):
             raise UserError(f"--geometry needs a frozen language model: --text frozen or align, not {cfg.text}")
-        self.image_size, self.bf16 = cfg.image_size, cfg.precision == "bf16"
+        self.bf16 = cfg.precision == "bf16"
+        # Pillow picture -> uint8 (3, S, S). A partial and no method: loader workers get it without the model.
+        self.preprocess = functools.partial(center_crop, size=cfg.image_size)
         self.visual = ViT(cfg.image_size, cfg.patch_size, cfg.width, cfg.depth, cfg.heads)
         self.text = TextTower(cfg.lm, cfg.text, cfg.align_layers)
         self.image_proj = nn.Linear(cfg.width, cfg.embed_dim, bias=False)
@@ -308,10 +328,6 @@ class ParaCLIP(nn.Module):
 
     def autocast(self):
         return torch.autocast(self.logit_scale.device.type, torch.bfloat16, enabled=self.bf16)
-
-    def preprocess(self, picture):
-        """Pillow picture -> uint8 (3, S, S): shorter side resized, centre cropped."""
-        return center_crop(picture, self.image_size)
 
     def tokenize(self, captions: list[str]):
         """-> token batch, dict of input_ids and attention_mask (B, T)."""
@@ -583,6 +599,58 @@ def best_precision() -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
+
+
+def pair_flops(model: ParaCLIP, tokens: int) -> float:
+    """Floating-point operations of one pair in one step, its caption padded to `tokens`.
+
+    Forward: 2 a weight and token, and attention's two products; backward twice that. A frozen language model has no
+    backward pass, and none at all where its states are remembered.
+    """
+    def forward(module, T, width, depth):
+        weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        return 2 * T * weights + 4 * T * T * width * depth
+
+    visual, text = model.visual, model.text
+    patches = visual.pos_embed.shape[1]
+    image = forward(visual, patches, visual.pos_embed.shape[2], len(visual.blocks)) + 2 * patches * visual.patch_embed.weight.numel()
+    align = forward(text.align, tokens, text.width, len(text.align))
+    lm = forward(text.lm, tokens, text.width, text.lm.config.num_hidden_layers)
+    return 3 * (image + align) + lm * (0 if text.cache else 1 if text.frozen else 3)
+
+
+def build(cfg: Config, index: ShardIndex, device: torch.device):
+    """The model, the same in DistributedDataParallel where there are ranks, and its optimizer."""
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    model = ParaCLIP(cfg).to(device)
+    if model.text.frozen and len(index) * MEAN_TOKENS * model.text.width * 2 <= CACHE_BYTES:
+        with model.autocast():
+            model.text.remember(index.caption(i) for i in range(len(index)))
+    if cfg.compile:
+        for part in (model.visual, *model.text.align):
+            part.compile(dynamic=part is not model.visual)
+    return model, DistributedDataParallel(model) if dist.is_initialized() else model, make_optimizer(model, cfg)
+
+
+def open_batches(cfg: Config, index: ShardIndex, start: int, steps: int, device: torch.device):
+    """Iterator over this rank's (images, captions, failed) of the steps start .. steps - 1."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    order = batch_order(index, batch_size=cfg.batch_size, seed=cfg.seed, start=start, steps=steps, rank=rank, world=world)
+    return iter(training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed, workers=cfg.workers,
+                                pin=device.type == "cuda"))
+
+
+def update(model: ParaCLIP, optimizer, cfg: Config):
+    """One optimizer step on the gradients that are there; returns their norm before clipping."""
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.logit_scale.data.clamp_(0, math.log(100))  # so that exp(logit_scale) stays in [1, 100]
+    return norm
+
+
 def train(cfg: Config):
     """Trains, or continues, the run `cfg` describes."""
     index = ShardIndex(cfg.data, cfg.workers)  # before the process group, whose time-out a long indexing would meet
@@ -606,26 +674,14 @@ def train(cfg: Config):
         print0(f"{out} is finished: {steps} steps. Give another --out, or more --steps in another folder, to train again.")
         return
 
-    torch.manual_seed(cfg.seed)  # the same weights on every rank
-    model = ParaCLIP(cfg).to(device)
-    if checkpoint:
-        load_weights(model, checkpoint, out / "model.pt")
-    optimizer = make_optimizer(model, cfg)
+    model, parallel, optimizer = build(cfg, index, device)
     skipped = Counter(index.skipped if rank == 0 else ())  # of this rank since the start, with all that came before on rank 0
     if checkpoint:
+        load_weights(model, checkpoint, out / "model.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
-    if model.text.frozen and len(index) * MEAN_TOKENS * model.text.width * 2 <= CACHE_BYTES:
-        with model.autocast():
-            model.text.remember(index.caption(i) for i in range(len(index)))
-    if cfg.compile:
-        for part in (model.visual, *model.text.align):
-            part.compile(dynamic=part is not model.visual)
-    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
-    order = batch_order(index, batch_size=cfg.batch_size, seed=cfg.seed, start=start, steps=steps, rank=rank, world=world)
-    batches = iter(training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed,
-                                   workers=cfg.workers, pin=device.type == "cuda"))
+    batches = open_batches(cfg, index, start, steps, device)
 
     def save(step):
         counts = sum(everywhere(skipped), Counter())
@@ -652,10 +708,7 @@ def train(cfg: Config):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step - 1, steps, cfg.warmup)
             loss, accuracy = backward(parallel, cfg, images.to(device, non_blocking=True), captions)
-            norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.logit_scale.data.clamp_(0, math.log(100))  # exp(logit_scale) in [1, 100]
+            norm = update(model, optimizer, cfg)
             # ------------------------------------------------------------------------------------------------------------
             waiting = time.perf_counter()
             batch = next(batches, None)  # here, while a GPU still computes: what is waited now is waited for data
@@ -677,6 +730,10 @@ def train(cfg: Config):
                 row = {"step": step, "epoch": round(step / per_epoch, 4), "loss": loss, "accuracy": accuracy,
                        "logit_scale": model.logit_scale.exp().item(), "lr": cfg.lr * schedule(step - 1, steps, cfg.warmup),
                        "images_per_s": round(rate, 1), "data_wait": round(waited / seconds, 4)}
+                name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+                if peak := next((peak for key, peak in PEAKS.items() if key in name), 0):
+                    tokens = model.tokenize(captions)["input_ids"].shape[1]
+                    row["mfu"] = round(rate * pair_flops(model, tokens) / (peak * world), 4)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 began, waited, last = time.perf_counter(), 0.0, step
@@ -693,13 +750,77 @@ def train(cfg: Config):
         sys.exit(128 + signal.SIGTERM)
 
 
+# ---- bench ---------------------------------------------------------------------------------------------------------
+def bench(cfg: Config, repeats: int = 7):
+    """Measures the parts of a training step on this rank; prints a table and, last, one JSON line. Nothing is written.
+
+    Each figure is the median of `repeats` after two warm-up rounds, synchronised on CUDA. MFU is the share of the rate of
+    a large matrix product in the same precision, measured here first.
+    """
+    index = ShardIndex(cfg.data, cfg.workers)
+    rank, world, device = setup_distributed()
+    model, parallel, optimizer = build(cfg, index, device)
+    local = cfg.batch_size // world
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(2 + repeats):
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[2:])
+
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    matrix_rate = 2 * 4096 ** 3 / seconds(lambda: a @ a)
+    # The order repeats its epochs for ever; with all loader processes busy the first batches would flatter the rate.
+    batches = open_batches(cfg, index, 0, 1 << 60, device)
+    for _ in range(8 * max(1, cfg.workers)):
+        next(batches)
+    rows = {"loader alone": (seconds(lambda: next(batches)), 0)}
+    images, captions, _ = next(batches)
+    images = images.to(device)
+    tokens = model.tokenize(captions)["input_ids"].shape[1]
+    both, none = pair_flops(model, tokens), pair_flops(model, 0)
+    rows["image tower"] = seconds(lambda: model.encode_image(images).sum().backward()), none
+    rows["text tower"] = seconds(lambda: model.encode_text(captions).sum().backward()), both - none
+    waited = []
+
+    def step():
+        waiting = time.perf_counter()
+        images, captions, _ = next(batches)
+        waited.append(time.perf_counter() - waiting)
+        loss, _ = backward(parallel, cfg, images.to(device, non_blocking=True), captions)
+        update(model, optimizer, cfg)
+        return loss.item()
+
+    rows["whole step"] = seconds(step), both
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+              "world": world, "batch_size": cfg.batch_size, "precision": cfg.precision, "text": cfg.text, "tokens": tokens,
+              "matrix_tflops": matrix_rate / 1e12, "peak_memory_gb": memory / 1e9,
+              "data_wait": statistics.median(waited[2:]) / rows["whole step"][0]}
+    for name, (s, flops) in rows.items():
+        report[name.replace(" ", "_")] = {"ms": 1e3 * s, "images_per_s": world * local / s, "tflops": flops * local / s / 1e12,
+                                          "mfu": flops * local / s / matrix_rate}
+    print0(f"{'':14}{'images/s':>10}{'ms':>10}{'TFLOP/s':>10}{'MFU':>8}")
+    for name in rows:
+        part = report[name.replace(" ", "_")]
+        print0(f"{name:14}{part['images_per_s']:10.0f}{part['ms']:10.1f}{part['tflops']:10.3f}{part['mfu']:8.1%}")
+    print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, peak memory "
+           f"{memory / 1e9:.2f} GB, captions of {tokens} tokens, {report['device']} x {world}, {cfg.precision}")
+    print0(json.dumps(report))
+
+
 def main():
     cfg = parse_config(Config, presets=PRESETS)
     # What depends on the machine or on other fields is settled here, once, and stands in the run's config.json.
     name = "-".join(Path(part).stem or part for part in cfg.data.split("::"))
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}", precision=cfg.precision or best_precision())
     try:
-        train(cfg)
+        bench(cfg) if cfg.bench else train(cfg)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
