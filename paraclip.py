@@ -224,6 +224,7 @@ def masked_mean(states, mask):
     return (states.float() * mask).sum(1) / mask.sum(1)
 
 
+LENGTH_GROUPS = 4  # a long batch of captions is run in this many parts
 MAX_TOKENS = 77  # CLIP's context length; captions are padded only to the longest of their batch
 CACHE_BYTES = 2 << 30  # frozen token states are kept if they fit in this
 
@@ -289,13 +290,23 @@ class TextTower(nn.Module):
             states, _ = self.states(batch)
             self.cache.update(zip(batch, states.to(dtype).cpu()))
 
-    def forward(self, text):
-        """-> pooled states (B, W) after the alignment layers, and as the language model gave them."""
+    def pooled(self, text):
         states, mask = self.states(text)
         x = states
         for block in self.align:
             x = block(x, mask[:, None, None, :])
-        return masked_mean(self.norm(x), mask), masked_mean(states, mask)
+        return masked_mean(self.norm(x), mask), masked_mean(states, mask)  # (B, W) each
+
+    def forward(self, text):
+        """-> pooled states (B, W) after the alignment layers, and as the language model gave them."""
+        if not isinstance(text, list) or len(text) < 2 * LENGTH_GROUPS:
+            return self.pooled(text)
+        # Captions of like length together: a batch padded to its longest caption is nearly half padding.
+        order = sorted(range(len(text)), key=lambda i: len(text[i]))
+        size = -(-len(text) // LENGTH_GROUPS)
+        groups = [self.pooled([text[i] for i in order[first:first + size]]) for first in range(0, len(text), size)]
+        back = torch.tensor(order).argsort().to(groups[0][0].device)
+        return tuple(torch.cat(parts)[back] for parts in zip(*groups))
 
 
 class ParaCLIP(nn.Module):
@@ -814,8 +825,8 @@ def bench(cfg: Config, repeats: int = 7):
     print0(json.dumps(report))
 
 
-def main():
-    cfg = parse_config(Config, presets=PRESETS)
+def main(argv=None):
+    cfg = parse_config(Config, argv, PRESETS)
     # What depends on the machine or on other fields is settled here, once, and stands in the run's config.json.
     name = "-".join(Path(part).stem or part for part in cfg.data.split("::"))
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}", precision=cfg.precision or best_precision())

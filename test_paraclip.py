@@ -94,12 +94,34 @@ def shards(folder: Path, counts: list[int]) -> str:
     return str(folder)
 
 
-def run_program(*argv, nproc: int = 1, check: bool = True, **options):
-    launcher = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--master_port={random.randint(20000, 40000)}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    done = subprocess.run([sys.executable, *launcher, *map(str, argv)], capture_output=True, text=True, env=env, timeout=150, **options)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+def call(program, *argv):
+    """A program's main() in this process, with the handling of mistakes that its users get."""
+    data.run(lambda: program.main([str(a) for a in argv]))
+
+
+def mistake(capsys, program, *argv) -> str:
+    """The one line that a user's mistake gives; the exit status is not 0."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(program, *argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def start(*argv, nproc: int = 1, **options) -> subprocess.Popen:
+    """A program in a process, or under torchrun in `nproc` of them."""
+    port = random.SystemRandom().randint(20000, 40000)
+    launcher = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--master_port={port}",
+                                      "--max-restarts=1", "--monitor-interval=0.1"]
+    return subprocess.Popen([sys.executable, *launcher, *map(str, argv)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output
+    return output
 
 
 def flags(**fields) -> list[str]:
@@ -406,14 +428,15 @@ def test_a_picture_that_proves_bad_is_replaced_the_same_way_each_time_and_counte
     assert captions == [c for _, b, _ in epoch(2) for c in b]
 
 
-def test_data_program_looks_a_set_over(tmp_path):
-    folder = shards(tmp_path / "s", [20, 20])
-    done = run_program(HERE / "data.py", folder, "--batch-size", 16, "--image-size", 16)
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert report["shards"] == 2 and report["samples"] == 40 and report["skipped"] == {} and report["steps_per_epoch"] == 2
-    assert report["keys"] == {"jpg": 40, "txt": 40}
-    done = run_program(HERE / "data.py", tmp_path / "none", check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: no .tar file") and done.stderr.count("\n") == 1
+def test_data_program_looks_a_set_over(tmp_path, capsys):
+    folder = Path(shards(tmp_path / "s", [20, 20]))
+    write_tar(folder / "00002.tar", [("a.jpg", b"junk"), ("a.txt", b"junk"), ("b.jpg", picture(0))])
+    call(data, folder, "--batch-size", 16, "--image-size", 16, "--workers", 0)
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["shards"] == 3 and report["samples"] == 40 and report["steps_per_epoch"] == 2
+    assert report["skipped"] == {"no caption": 1, "not a picture": 1} and report["keys"] == {"jpg": 42, "txt": 41}
+    assert report["images_per_s"] is None  # all in the first batch, which is not counted
+    assert "no .tar file" in mistake(capsys, data, tmp_path / "none")
 
 
 # ---- model ---------------------------------------------------------------------------------------------------------
@@ -652,51 +675,44 @@ def same(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 
 
-@pytest.mark.parametrize("killer", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_continues_to_the_same_bits(lm, tmp_path, killer):
-    """Killed at random moments, a checkpoint after every step, so that some kills fall into its writing."""
+def wait_for_checkpoint(process, path: Path, newer_than: int = 0):
+    while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > newer_than):
+        time.sleep(0.002)
+
+
+def test_a_killed_run_continues_to_the_same_bits(lm, tmp_path, capsys):
+    """Killed at random moments with a checkpoint after every step, so that kills fall into its writing, too."""
     folder = shards(tmp_path / "s", [40, 9, 30])
-    args = [HERE / "paraclip.py", *flags(**TINY | dict(data=folder, lm=lm, steps=24, workers=2, accum=2, save_every=1))]
-    run_program(*args, "--out", tmp_path / "whole")
-    out, kills, env = tmp_path / "killed", 0, {**os.environ, "OMP_NUM_THREADS": "1"}
-    for attempt in range(4):
-        process = subprocess.Popen([sys.executable, *map(str, args), "--out", str(out)], env=env, stderr=subprocess.PIPE, text=True)
-        before = (out / "model.pt").stat().st_mtime_ns if (out / "model.pt").exists() else 0
-        deadline = time.time() + 60
-        while process.poll() is None and time.time() < deadline:
-            if (out / "model.pt").exists() and (out / "model.pt").stat().st_mtime_ns != before:
-                time.sleep(random.random() * 0.1)
-                process.send_signal(killer)
-                break
-            time.sleep(0.002)
-        process.wait(60)
-        kills += process.returncode == (-killer if killer == signal.SIGKILL else 128 + killer)
-        if process.returncode == 0:
-            break
-    assert kills >= 1
-    run_program(*args, "--out", out)
+    args = flags(**TINY | dict(data=folder, lm=lm, steps=40, workers=2, accum=2, save_every=1))
+    call(paraclip, *args, "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    for killer in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        process = start(HERE / "paraclip.py", *args, "--out", out)
+        wait_for_checkpoint(process, out / "model.pt", (out / "model.pt").stat().st_mtime_ns if out.exists() else 0)
+        time.sleep(random.random() * 0.1)
+        process.send_signal(killer)
+        finish(process, -killer if killer == signal.SIGKILL else 128 + killer)
+    reached = torch.load(out / "model.pt", weights_only=True)["step"]
+    assert 3 <= reached < 40
+    call(paraclip, *args, "--out", out)
     assert same(tmp_path / "whole", out)
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 24  # no line twice, none lost but those between two log points
-    done = run_program(*args, "--out", out)
-    assert "is finished" in done.stdout
-    done = run_program(*args, "--out", out, "--lr", "0.5", check=False)
-    assert done.returncode == 2 and "lr 0.001 -> 0.5" in done.stderr and done.stderr.count("\n") == 1
+    assert steps == sorted(set(steps)) and steps[-1] == 40
+    capsys.readouterr()
+    call(paraclip, *args, "--out", out)
+    assert "is finished" in capsys.readouterr().out
+    assert "lr 0.001 -> 0.5" in mistake(capsys, paraclip, *args, "--out", out, "--lr", "0.5")
 
 
 def test_two_processes_follow_one_and_torchrun_recovers_from_a_killed_rank(lm, tmp_path):
     folder = shards(tmp_path / "s", [40, 9, 30])
-    args = [HERE / "paraclip.py", *flags(**TINY | dict(data=folder, lm=lm, steps=12, workers=1, save_every=1))]
-    run_program(*args, "--out", tmp_path / "one")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
-                                "--monitor-interval=0.1", f"--master_port={random.randint(20000, 40000)}",
-                                *map(str, args), "--out", str(tmp_path / "two")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "two" / "model.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
+    args = flags(**TINY | dict(data=folder, lm=lm, steps=12, workers=1, save_every=1))
+    call(paraclip, *args, "--out", tmp_path / "one")
+    process = start(HERE / "paraclip.py", *args, "--out", tmp_path / "two", nproc=2)
+    wait_for_checkpoint(process, tmp_path / "two" / "model.pt")
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    assert process.wait(120) == 0
+    assert "continuing at step" in finish(process)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
         assert torch.allclose(one[name], two[name], atol=2e-4), name  # up to rounding, which AdamW amplifies
@@ -705,11 +721,14 @@ def test_two_processes_follow_one_and_torchrun_recovers_from_a_killed_rank(lm, t
 def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_path, monkeypatch):
     folder = shards(tmp_path / "s", [32])
     cfg = Config(**TINY | dict(data=folder, out=str(tmp_path / "run"), lm=lm, save_every=2))
-    args = flags(**TINY | dict(data=folder, out=tmp_path / "run", lm=lm, save_every=2))
-    # A limit on the size of files stands for the full disk: the first write of a checkpoint fails, the index's does not.
-    small = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
-    done = run_program(HERE / "paraclip.py", *args, check=False, **small)
-    assert done.returncode == 2 and "cannot write" in done.stderr and "Traceback" not in done.stderr
+    # A limit on the size of files stands for the full disk: a checkpoint exceeds it, the index does not.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*model.pt"):
+            paraclip.train(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / "model.pt").exists()
     losses = iter([1.0, 1.0, float("nan")])
     real = paraclip.contrastive_loss
@@ -721,18 +740,24 @@ def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_p
     with pytest.raises(UserError, match="nan.* at step 3"):
         paraclip.train(cfg)
     assert torch.load(tmp_path / "run" / "model.pt", weights_only=True)["step"] == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into the run folder"):
+        paraclip.train(paraclip.dataclasses.replace(cfg, out=str(tmp_path / "file" / "run")))
 
 
-def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path):
+def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
     """Both published layouts, on two processes; sizes are cut down, the recipe's other fields stay."""
-    (shards(tmp_path / "published" / "cc12m", [20, 20]), shards(tmp_path / "copy" / "cc12m", [20, 20]))
+    for layout in ("published", "copy"):
+        shards(tmp_path / layout / "cc12m", [20, 20])
     for number in range(2):
         os.rename(tmp_path / "copy" / "cc12m" / f"0000{number}.tar", tmp_path / "copy" / "cc12m" / f"cc12m-train-000{number}.tar")
     small = flags(lm=lm, batch_size=16, epochs=1, image_size=16, patch_size=8, width=32, depth=1, heads=2, workers=1)
-    for layout, nproc in (("published", 2), ("copy", 1)):
-        done = run_program(HERE / "paraclip.py", "--data", "cc12m", *small, "--out", tmp_path / f"run-{layout}", nproc=nproc,
-                           env={"PARACLIP_DATA": str(tmp_path / layout)})
-        assert "2 steps of 16 pairs" in done.stdout
+    for layout in ("published", "copy"):
+        monkeypatch.setenv("PARACLIP_DATA", str(tmp_path / layout))
+        args = ["--data", "cc12m", *small, "--out", tmp_path / f"run-{layout}"]
+        finish(start(HERE / "paraclip.py", *args, nproc=2)) if layout == "published" else call(paraclip, *args)
+        checkpoint = torch.load(tmp_path / f"run-{layout}" / "model.pt", weights_only=True)
+        assert checkpoint["step"] == 2 and checkpoint["data"]["samples"] == 40
         config = json.loads((tmp_path / f"run-{layout}" / "config.json").read_text())
         assert config["weight_decay"] == paraclip.PRESETS["cc12m"]["weight_decay"] and config["embed_dim"] == 512
     recipe = paraclip.parse_config(Config, ["--data", "cc12m"], paraclip.PRESETS)
@@ -744,8 +769,6 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path):
     (["--lm", "no/such-model"], "language model 'no/such-model' cannot be had"), (["--batch-size", "64"], "larger than the set"),
     (["--accum", "3"], "must be a multiple"), (["--image-size", "15"], "must be a multiple"),
     (["--text", "scratch", "--geometry", "1"], "--geometry needs")])
-def test_mistakes_are_told_in_one_line(lm, tmp_path, args, message):
+def test_mistakes_are_told_in_one_line(lm, tmp_path, capsys, args, message):
     base = flags(**TINY | dict(data=shards(tmp_path / "s", [20]), out=tmp_path / "run", lm=lm))
-    done = run_program(HERE / "paraclip.py", *base, *args, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert message in mistake(capsys, paraclip, *base, *args)
