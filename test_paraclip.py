@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
+from argparse import Namespace
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -27,9 +29,14 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
+from transformers import (AutoModel, AutoProcessor, BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel,
+                          CLIPProcessor, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel,
+                          SiglipProcessor)
 
 import data
+import eval_paraphrase as ev
 import paraclip
 from data import BadSample, EpochOrder, ShardIndex, UserError, decode_image, find_shards, index_shard
 from paraclip import Config, ParaCLIP, ViT, contrastive_loss, geometry_loss, load_model
@@ -772,3 +779,622 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
 def test_mistakes_are_told_in_one_line(lm, tmp_path, capsys, args, message):
     base = flags(**TINY | dict(data=shards(tmp_path / "s", [20]), out=tmp_path / "run", lm=lm))
     assert message in mistake(capsys, paraclip, *base, *args)
+
+
+# ---- evaluation: metrics -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("a, b, ao, js", [
+    ([1, 2, 3, 4], [1, 2, 3, 4], 1, 1),
+    ([1, 2, 3, 4], [5, 6, 7, 8], 0, 0),
+    ([1, 2, 3, 4], [2, 1, 3, 5], (0 + 2 / 2 + 3 / 3 + 3 / 4) / 4, 3 / 5),
+    ([1, 2, 3], [1, 4, 5], (1 + 1 / 2 + 1 / 3) / 3, 1 / 5),  # one agreement at the top
+    ([1, 2, 3], [4, 5, 1], (0 + 0 + 1 / 3) / 3, 1 / 5),  # the same one at the bottom
+    ([1, 2, 3], [3, 2, 1], (0 + 1 / 2 + 1) / 3, 1),
+    ([7], [7], 1, 1),
+])
+def test_ao_and_js_by_hand(a, b, ao, js):
+    assert ev.average_overlap(a, b) == pytest.approx(ao, abs=1e-15)
+    assert ev.jaccard(a, b) == pytest.approx(js, abs=1e-15)
+    assert ev.average_overlap(b, a) == ev.average_overlap(a, b)
+    batch = ev.average_overlap(torch.tensor([a, a]), torch.tensor([a, b]))
+    assert batch.tolist() == [1, pytest.approx(ao)]  # exactly 1 for equal lists: no rounding in the sum over depths
+
+
+def test_ao_and_js_read_only_the_first_k():
+    a, b = [1, 2, 3, 9], [2, 1, 4, 9]
+    assert (ev.average_overlap(a, b, 2), ev.jaccard(a, b, 2), ev.jaccard(a, b, 3)) == (0.5, 1, 0.5)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k = {k}"):
+            ev.average_overlap(a, b, k)
+
+
+def slow_ranking(query, gallery, k):
+    """Integer vectors of one norm: dot products order like cosines and are exact."""
+    scores = [sum(q * g for q, g in zip(query, item)) for item in gallery]
+    return sorted(range(len(gallery)), key=lambda i: (-scores[i], i))[:k]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 64])
+def test_rankings_break_ties_by_index_whatever_the_chunk(chunk):
+    # Of 57 vectors of four signs most are equal, so nearly every place of every list is decided by the tie rule, and
+    # ties straddle chunk borders and the k-th place. (Three entries of 1 and one of -1, ...: all norms are 2.)
+    rng = np.random.default_rng(0)
+    gallery, queries = rng.choice([-1, 1], size=(57, 4)), rng.choice([-1, 1], size=(23, 4))
+    for k in (1, 10, 57, 60):
+        ranked = ev.rankings(torch.tensor(queries), torch.tensor(gallery), k, chunk=chunk)
+        assert ranked.tolist() == [slow_ranking(query, gallery, k) for query in queries.tolist()]
+
+
+def test_rankings_of_real_features_do_not_depend_on_place_or_chunk():
+    # In fp32 a row scores differently at the edge of a block: the copies of an item would not tie.
+    torch.manual_seed(0)
+    gallery = torch.nn.functional.normalize(torch.randn(30, 512), dim=-1)[torch.randint(30, (301,))]
+    queries = torch.nn.functional.normalize(torch.randn(41, 512), dim=-1)
+    exact = queries.double() @ gallery.double().T
+    expected = [sorted(range(301), key=lambda i: (-round(row[i].item() * 2**24), i))[:20] for row in exact]
+    for chunk in (3, 13, 128, 2048):
+        assert ev.rankings(queries, gallery, 20, chunk=chunk).tolist() == expected
+
+
+def test_similarities_are_exact_in_any_order():
+    torch.manual_seed(0)
+    a, b, order = torch.randn(50, 512), torch.randn(50, 512), torch.randperm(512)
+    assert (ev.similarity(a, b) == ev.similarity(a[:, order], b[:, order])).all()
+    x, y = ev.unit_grid(a), ev.unit_grid(b)
+    for i in range(50):  # fsum is the correctly rounded sum, whatever the order
+        assert (x[i] * y[i]).sum().item() == math.fsum((x[i] * y[i]).tolist())
+
+
+def test_recall_both_ways_with_several_captions_a_picture():
+    rng = np.random.default_rng(1)
+    picture = rng.permutation([*range(8), *rng.integers(8, size=15)]).tolist()  # of 9 pictures one has no text
+    texts, pictures = torch.tensor(rng.normal(size=(23, 6))), torch.tensor(rng.normal(size=(9, 6)))
+    found = ev.retrieval("r", ev.rankings(texts, pictures, 10), texts, pictures, picture)
+    cosine = torch.nn.functional.normalize(texts, dim=-1) @ torch.nn.functional.normalize(pictures, dim=-1).T
+    for k in (1, 5, 10):
+        t2i = [own in sorted(range(9), key=lambda i: -cosine[t, i])[:k] for t, own in enumerate(picture)]
+        i2t = [any(picture[t] == i for t in sorted(range(23), key=lambda t: -cosine[t, i])[:k])
+               for i in dict.fromkeys(picture)]
+        assert found[f"r/t2i@{k}"].tolist() == t2i and found[f"r/i2t@{k}"].tolist() == i2t
+    assert ev.recall_at_k([[3, 1], [0, 2]], [{1}, {1, 2}], 1).tolist() == [0, 0]
+    assert ev.recall_at_k([[3, 1], [0, 2]], [{1}, {1, 2}], 2).tolist() == [1, 1]
+
+
+def test_zero_shot_by_hand():
+    classes = torch.tensor([[1.0, 0], [0, 1], [1, 0], [-1, 0], [-1, -0.1], [0.0, -1], [-1, -9]])
+    images = torch.tensor([[2.0, 0], [2.0, 0], [0, 3], [3, 1]])
+    top1, top5 = ev.zero_shot_accuracy(images, [0, 2, 3, 4], classes)
+    assert top1.tolist() == [1, 0, 0, 0]  # classes 0 and 2 tie, 0 wins
+    assert top5.tolist() == [1, 1, 1, 0]
+
+
+def test_class_features_are_the_normalised_mean_of_normalised_prompts():
+    table = {"a cat": [3.0, 4], "cats": [0, 1], "a dog": [1, 0], "dogs": [1, 0]}
+    encode = lambda texts: torch.nn.functional.normalize(torch.tensor([table[text] for text in texts]).float(), dim=-1)
+    features = ev.class_embeddings(Namespace(encode_text=encode), ["cat", "dog"], ["a {}", "{}s"],
+                                   Namespace(batch_size=3))
+    assert torch.allclose(features, torch.tensor([[0.6, 1.8], [2, 0]]) / torch.tensor([[3.6**0.5], [2]]))
+
+
+@pytest.mark.parametrize("p1, p2, negative, picture, text_only, image_text", [
+    ((4, 3), (3, 4), (-4, 3), (1, 1), 1, 1),
+    ((1, 0), (3, 4), (3, -4), (1, 0), 0, 0),  # p2 is as near to p1 as the negative is, to the picture as well
+    ((3, 4), (1, 0), (3, -4), (1, 0), 0, 0),  # the same from p2's side
+    ((0, 1), (1, 0), (-1, -9), (1, 0), 1, 1),
+    ((4, 3), (3, 4), (-4, 3), (0, 1), 1, 0),  # p1 is as near to the picture as the negative is
+    ((3, 4), (4, 3), (-4, 3), (0, 1), 1, 0),  # and p2
+])
+def test_a_tie_between_triplets_is_a_miss(p1, p2, negative, picture, text_only, image_text):
+    table = {"p1": p1, "p2": p2, "n": negative}
+    model = Namespace(encode_text=lambda texts: torch.tensor([table[text] for text in texts]).float())
+    triplet = {"caption": "p1", "caption2": "p2", "negative_caption": "n", "filename": "x"}
+    found = ev.measure_triplets("t", model, [triplet], torch.tensor([picture]), {"x": 0},
+                                Namespace(batch_size=9))
+    assert (found["t/text_only"].tolist(), found["t/image_text"].tolist()) == ([text_only], [image_text])
+
+
+def test_spearman_by_hand_with_ties():
+    assert ev.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert ev.spearman([1, 2, 3, 4], [40, 30, 20, 10]) == pytest.approx(-1)
+    assert ev.spearman([1, 2, 3], [1, 100, 1000]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="two different"):
+        ev.spearman([1, 1, 1], [1, 2, 3])
+
+
+def test_bootstrap_interval_covers_the_mean():
+    # 300 samples of 50 from a skewed law whose mean is 1. A 95 % percentile interval covers a little less than that;
+    # sd of the share is 0.0145, so a right one leaves [0.87, 0.99] about once in 5000 seeds, and the seed is fixed.
+    rng = np.random.default_rng(0)
+    intervals = [ev.bootstrap_ci(rng.exponential(size=50), resamples=400, seed=i) for i in range(300)]
+    assert 0.87 < np.mean([low <= 1 <= high for low, high in intervals]) < 0.99
+    values = rng.random(400)
+    low, high = ev.bootstrap_ci(values)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
+    assert ev.bootstrap_ci(values) == (low, high) != ev.bootstrap_ci(values, seed=1)
+
+
+def test_bootstrap_at_its_edges():
+    assert ev.bootstrap_ci([0.1] * 7) == (0.1, 0.1) and ev.bootstrap_ci([0.3]) == (0.3, 0.3)
+    assert ev.bootstrap_ci([0, 1]) == (0, 1)
+    with pytest.raises(ValueError):
+        ev.bootstrap_ci([])
+
+
+def test_paired_bootstrap_is_sharper_than_two_intervals():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    a, b = hard, np.clip(hard + 0.02 + rng.normal(scale=0.01, size=200), 0, 2)
+    assert ev.bootstrap_ci(b - a)[0] > 0.01 and ev.bootstrap_ci(b)[0] < ev.bootstrap_ci(a)[1]
+
+
+def test_unrelated_pairs_share_nothing_where_possible():
+    pairs = [{"query": f"q{i // 3}", "paraphrase": f"p{i}", "image": f"{i % 7}"} for i in range(42)]
+    partner = ev.unrelated(pairs, 0)
+    assert sorted(partner) == list(range(42)) and partner.tolist() == ev.unrelated(pairs, 0).tolist()
+    assert all(not set(pairs[i].values()) & set(pairs[j].values()) for i, j in enumerate(partner))
+    same = [{"query": f"{i}", "paraphrase": "p", "image": "x"} for i in range(5)]  # nobody is free: still never itself
+    assert all(i != j for i, j in enumerate(ev.unrelated(same, 0)))
+    assert ev.unrelated(pairs[:2], 3).tolist() == [1, 0]
+    unnamed = [{"query": f"{i}", "paraphrase": f"p{i % 2}", "image": None} for i in range(8)]  # None is no picture
+    assert all(i % 2 != j % 2 for i, j in enumerate(ev.unrelated(unnamed, 0)))
+
+
+# ---- evaluation: readers -------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_read_from_lines_arrays_and_sugarcrepe(tmp_path):
+    pair = {"query": "a\u2028b", "paraphrase": "c", "image": "x.jpg"}  # U+2028 is legal inside JSON text
+    file = tmp_path / "pairs"
+    line = json.dumps(pair, ensure_ascii=False)
+    file.write_text(f"\ufeff{line}\n\n{line}\r\n", encoding="utf-8")
+    assert data.read_pairs(file) == [pair, pair]
+    file.write_text(json.dumps([pair], indent=1))
+    assert data.read_pairs(file) == [pair]
+    crepe = {"id": 1, "caption": "a", "caption2": "b", "negative_caption": "n", "filename": "f.jpg"}
+    file.write_text(json.dumps([crepe]))
+    assert data.read_pairs(file) == [{**crepe, "query": "a", "paraphrase": "b", "image": "f.jpg"}]
+    assert data.read_triplets(file) == [crepe]
+    file.write_text(json.dumps([{"caption": "not this", **pair}]))
+    assert data.read_pairs(file)[0]["query"] == pair["query"]
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ('{"query": "a", "paraphrase": "b"}\n\n{"query": "a"}', 'line 3: no text under "paraphrase"'),
+    ('{"query": "a", "paraphrase": " "}', 'line 1: no text under "paraphrase"'),
+    ('[{"query": "a", "paraphrase": "b"}, {"paraphrase": "b"}]', 'item 2: no text under "query"'),
+    ('{"query": "a", "paraphrase": "b"}\n{"query": ', "line 2: not JSON"),
+    ("[1]", "item 1: expected an object"),
+    ("", "no records"),
+])
+def test_a_bad_pair_is_named_by_its_line(tmp_path, text, complaint):
+    (tmp_path / "pairs").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        data.read_pairs(tmp_path / "pairs")
+
+
+def test_sts_with_and_without_header(tmp_path):
+    file = tmp_path / "sts"
+    expected = [('say "hi", you', "b", 4.5), ("c", "d", 0.0)]
+    file.write_text('"say ""hi"", you",b,4.5\nc,d,0\n')
+    assert data.read_sts(file) == expected
+    file.write_text('score,id,sentence1,sentence2\n4.5,7,"say ""hi"", you",b\n0,8,c,d\n')
+    assert data.read_sts(file) == expected
+    file.write_text('sentence1\tsentence2\tscore\nsay "hi", you\tb\t4.5\nc\td\t0\n')
+    assert data.read_sts(file) == expected
+    file.write_text('"stray\tb\t1\nc\td\t2\n')  # in CSV rules the stray quote would swallow the line end
+    assert data.read_sts(file) == [('"stray', "b", 1.0), ("c", "d", 2.0)]
+    file.write_text("a,b,1\na,b\n")
+    with pytest.raises(ValueError, match="line 2"):
+        data.read_sts(file)
+
+
+def test_captions_and_templates(tmp_path):
+    file = tmp_path / "file"
+    file.write_text(json.dumps({"images": [{"id": 5, "file_name": "a.jpg"}, {"id": 6, "file_name": "b.jpg"}],
+                                "annotations": [{"image_id": 5, "caption": "x"}, {"image_id": 5, "caption": "y"}]}))
+    assert data.read_captions(file) == {"a.jpg": ["x", "y"]}
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="COCO"):
+        data.read_captions(file)
+    file.write_text("a {}\n\nno place\n")
+    with pytest.raises(ValueError, match="line 3"):
+        data.read_templates(file)
+
+
+def save_picture(path, seed, size=(40, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(256, size=(3, 3, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.BICUBIC).save(path)
+
+
+def test_pictures_are_listed_recursively_in_order(tmp_path):
+    for name in ("b/2.PNG", "b/1.jpg", "a.webp", "c.txt", "b/deep/x.JPEG", "z.bmp"):
+        save_picture(tmp_path / "x.png", 0)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(tmp_path / "x.png", tmp_path / name)
+    gallery = data.list_pictures(tmp_path)
+    assert list(gallery) == ["a.webp", "b/1.jpg", "b/2.PNG", "b/deep/x.JPEG", "z.bmp"]
+    assert data.rows_by_name([*gallery, "other/1.jpg"]) == {  # two pictures are called 1.jpg
+        "a.webp": 0, "b/1.jpg": 1, "b/2.PNG": 2, "2.PNG": 2, "b/deep/x.JPEG": 3, "x.JPEG": 3, "z.bmp": 4,
+        "other/1.jpg": 5}
+
+
+def test_zero_shot_sources(tmp_path, monkeypatch):
+    for i, name in enumerate(("z/a.png", "fire_truck/a.png", "m/a.png", "ant/b.png", "ant/sub/c.png", "stray.png")):
+        save_picture(tmp_path / "folder" / name, i)
+    gallery, names, labels = data.read_zeroshot(str(tmp_path / "folder"))
+    assert names == ["ant", "fire truck", "m", "z"]
+    assert labels == {"ant/b.png": 0, "ant/sub/c.png": 0, "fire_truck/a.png": 1, "m/a.png": 2, "z/a.png": 3}
+    (tmp_path / "names").write_text("emmet\nfire engine\nM\nZ\n")
+    assert data.read_zeroshot(str(tmp_path / "folder"), tmp_path / "names")[1] == ["emmet", "fire engine", "M", "Z"]
+    (tmp_path / "names").write_text("emmet\n")
+    with pytest.raises(ValueError, match="1 names for the 4 classes"):
+        data.read_zeroshot(str(tmp_path / "folder"), tmp_path / "names")
+
+    for i, name in enumerate(("val/n02/a.JPEG", "val/n01/b.JPEG")):  # torchvision's ImageNet with two classes
+        save_picture(tmp_path / "imagenet" / name, i)
+    torch.save(({"n01": ("tench", "Tinca"), "n02": ("goldfish",)}, []), tmp_path / "imagenet/meta.bin")
+    gallery, names, labels = data.read_zeroshot(f"imagenet:{tmp_path}/imagenet")
+    assert names == ["tench", "goldfish"] and labels == {"val/n01/b.JPEG": 0, "val/n02/a.JPEG": 1}
+
+    fake = lambda root, train: Namespace(classes=["x", "y_z"], targets=[1, 0], data=np.zeros((2, 32, 32, 3), np.uint8))
+    for kind in ("cifar10", "cifar100"):
+        with pytest.raises(ValueError, match="CIFAR.* is not there"):
+            data.read_zeroshot(f"{kind}:{tmp_path}")
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR100", fake)
+    gallery, names, labels = data.read_zeroshot(f"cifar100:{tmp_path}")
+    assert names == ["x", "y z"] and labels == {"test/0": 1, "test/1": 0}
+    assert data.open_picture(gallery["test/1"]).size == (32, 32)
+
+
+def test_imagenet_without_the_development_kit(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"val/n{i:08}").mkdir(parents=True)
+        (tmp_path / f"val/n{i:08}/x.JPEG").touch()
+    gallery, names, labels = data.read_zeroshot(f"imagenet:{tmp_path}")
+    assert len(gallery) == 1000 and names[0] == "tench" and names[-1] == "toilet tissue"
+    assert labels["val/n00000999/x.JPEG"] == 999
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_skipped_and_named(tmp_path, workers):
+    for i in range(5):
+        save_picture(tmp_path / f"{i}.jpg", i)
+    (tmp_path / "1.jpg").write_bytes(b"")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "4.jpg").read_bytes()[:200])
+    gallery = data.list_pictures(tmp_path)
+    batches = list(data.picture_loader(gallery, small_tensor, 2, workers))
+    assert [good for good, _, _ in batches] == [[0], [2], [4]] and batches[0][1].shape == (1, 3, 8, 8)
+    assert [index for *_, bad in batches for index, reason in bad if reason] == [1, 3]
+
+
+def small_tensor(image):
+    return torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1)
+
+
+# ---- the whole program on tiny random Hugging Face models -----------------------------------------------------------
+EVAL_WORDS = "a the of red blue green grey dog cat house tree photo on under big small".split()
+
+
+def save_model(folder, kind, seed):
+    """A CLIP or SigLIP of two narrow layers with a tokenizer of whole words; big weights, so that outputs differ."""
+    torch.manual_seed(seed)
+    vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *EVAL_WORDS])}
+    tokens = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+                                        eos_token="</s>")  # without a maximum length, as some published ones
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(vocab_size=len(vocab), max_position_embeddings=12, pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    text, vision = text | size, dict(image_size=32, patch_size=16, **size)
+    if kind == "clip":
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        processor = CLIPProcessor(image_processor, tokenizer)
+    else:
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        processor = SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with two models and one small set of every kind."""
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "clip", "clip", 0)
+    save_model(root / "siglip", "siglip", 1)
+    rng = np.random.default_rng(0)
+    say = lambda: " ".join(rng.choice(EVAL_WORDS, size=rng.integers(2, 7)))
+    for i in range(14):
+        save_picture(root / f"images/{'sub/' * (i % 2)}{i:02}.png", i, (48, 40))
+    pictures = [f"{i:02}.png" for i in range(14)]
+    (root / "images/broken.jpg").write_bytes(b"\xff\xd8 not much of a picture")
+    pairs = [{"query": say(), "paraphrase": say(), "image": name} for name in [*pictures, "lost.png"]]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (root / "captions.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": name} for i, name in enumerate([*pictures[:9], "lost.png"])],
+        "annotations": [{"image_id": i % 10, "caption": say()} for i in range(27)]}))
+    triplets = [{"caption": say(), "caption2": say(), "negative_caption": say(), "filename": name}
+                for name in [*pictures, "lost.png"]]
+    triplets += [{"caption": "a dog", "caption2": "a dog", "negative_caption": "a dog", "filename": "00.png"}]  # a tie
+    (root / "triplets.json").write_text(json.dumps(triplets))
+    (root / "sts.csv").write_text("\n".join(f"{say()},{say()},{i % 6}" for i in range(12)))
+    for i, name in enumerate(("dog", "cat", "big_tree")):
+        save_picture(root / f"classes/{name}/1.png", 20 + i)
+        save_picture(root / f"classes/{name}/2.png", 30 + i)
+    return root
+
+
+def evaluate(capsys, *arguments):
+    """The JSON that ends the output of the program."""
+    capsys.readouterr()
+    ev.main([*map(str, arguments), "--workers", "0"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def everything(world):
+    return ["--pairs", world / "pairs.jsonl", "--captions", world / "captions.json", "--images", world / "images",
+            "--triplets", world / "triplets.json", "--sts", world / "sts.csv", "--zeroshot", world / "classes",
+            "--k", 5]
+
+
+def test_everything_in_one_call(world, tmp_path, capsys):
+    reports = evaluate(capsys, world / "clip", world / "siglip", *everything(world), "--json", tmp_path / "out.json",
+                       "--figure", tmp_path / "out.png")
+    assert json.loads((tmp_path / "out.json").read_text()) == reports
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]  # nothing half-written is left
+    clip, siglip = reports
+    assert clip["model"] == str(world / "clip") and "diff" not in clip
+    for report in reports:
+        assert (report["k"], report["gallery"], report["pairs"], report["recall_pairs"]) == (5, 14, 15, 14)
+        assert report["captions"] == {"images": 9, "captions": 25, "missing": 1}
+        triplets, zeroshot = report["triplets"]["triplets.json"], report["zeroshot"]
+        assert (triplets["n"], triplets["image_text_n"], report["sts"]["n"]) == (16, 15, 12)
+        assert (zeroshot["classes"], zeroshot["images"], zeroshot["top5"]) == (3, 6, 1)
+        for path in (["ao"], ["js"], ["ao_random"], ["recall", "t2i@1"], ["recall", "i2t@10"],
+                     ["query_recall", "t2i@5"], ["paraphrase_recall", "i2t@1"], ["zeroshot", "top1"],
+                     ["triplets", "triplets.json", "text_only"]):
+            place = report
+            for step in path[:-1]:
+                ci, place = place.get(f"{step}_ci", place[step]), place[step]
+            low, high = ci[path[-1]] if path[0].endswith("recall") else place[f"{path[-1]}_ci"]
+            assert 0 <= low <= place[path[-1]] <= high <= 1
+    for name in ("ao", "js"):
+        assert siglip["diff"][name] == pytest.approx(siglip[name] - clip[name], abs=1e-12)
+        assert siglip["diff"][f"{name}_ci"][0] <= siglip["diff"][name] <= siglip["diff"][f"{name}_ci"][1]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_numbers_equal_those_of_the_library_used_by_hand(world, capsys, kind):
+    report, = evaluate(capsys, world / kind, *everything(world))
+    model, processor = AutoModel.from_pretrained(world / kind).eval(), AutoProcessor.from_pretrained(world / kind)
+    unit = lambda output: torch.nn.functional.normalize(output.pooler_output.double(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(texts):
+        # One at a time: no padding for CLIP, padding to the full 12 places for SigLIP.
+        fill = dict(padding="max_length", return_attention_mask=False) if kind == "siglip" else {}
+        return torch.cat([unit(model.get_text_features(**processor.tokenizer(
+            text, max_length=12, truncation=True, return_tensors="pt", **fill))) for text in texts])
+
+    @torch.no_grad()
+    def embed_pictures(files):
+        return torch.cat([unit(model.get_image_features(processor.image_processor(
+            Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"])) for file in files])
+
+    files = sorted(world.glob("images/**/*.png"), key=lambda file: file.relative_to(world / "images").as_posix())
+    row = {file.name: i for i, file in enumerate(files)}
+    pictures = embed_pictures(files)
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    ranked = [(embed_texts([pair[side] for pair in pairs]) @ pictures.T).argsort(dim=1, descending=True).tolist()
+              for side in ("query", "paraphrase")]
+    overlap = [np.mean([len({*a[:d]} & {*b[:d]}) / d for d in range(1, 6)]) for a, b in zip(*ranked)]
+    assert report["ao"] == pytest.approx(np.mean(overlap))
+    shared = [len({*a[:5]} & {*b[:5]}) / len({*a[:5], *b[:5]}) for a, b in zip(*ranked)]
+    assert report["js"] == pytest.approx(np.mean(shared))
+    for name, lists in zip(("query_recall", "paraphrase_recall"), ranked):
+        hits = [row[pair["image"]] in a[:5] for pair, a in zip(pairs, lists) if pair["image"] in row]
+        assert report[name]["t2i@5"] == pytest.approx(np.mean(hits))
+
+    triplets = json.loads((world / "triplets.json").read_text())
+    p1, p2, n = (embed_texts([item[key] for item in triplets]) for key in ("caption", "caption2", "negative_caption"))
+    dot = lambda a, b: (a * b).sum(-1)
+    right = (dot(p1, p2) > dot(p1, n) + 1e-7) & (dot(p1, p2) > dot(p2, n) + 1e-7)
+    assert report["triplets"]["triplets.json"]["text_only"] == pytest.approx(right.double().mean().item())
+    seen = [i for i, item in enumerate(triplets) if item["filename"] in row]
+    own = pictures[[row[triplets[i]["filename"]] for i in seen]]
+    wrong = dot(own, n[seen]) + 1e-7
+    right = (dot(own, p1[seen]) > wrong) & (dot(own, p2[seen]) > wrong)
+    assert report["triplets"]["triplets.json"]["image_text"] == pytest.approx(right.double().mean().item())
+
+    names, photos = ["big tree", "cat", "dog"], sorted(world.glob("classes/*/*.png"))
+    prompts = [embed_texts([template.replace("{}", name) for template in ev.TEMPLATES]).mean(0) for name in names]
+    scores = embed_pictures(photos) @ torch.nn.functional.normalize(torch.stack(prompts), dim=-1).T
+    hits = scores.argmax(1) == torch.tensor([0, 0, 1, 1, 2, 2])
+    assert report["zeroshot"]["top1"] == pytest.approx(hits.double().mean().item())
+
+
+def test_results_do_not_depend_on_batch_size(world, capsys):
+    one, many = (evaluate(capsys, world / "clip", *everything(world), "--batch-size", size) for size in (1, 64))
+    assert one == many
+
+
+def test_equal_words_give_equal_lists(world, capsys):
+    for kind in ("clip", "siglip"):
+        report, = evaluate(capsys, world / kind, "--images", world / "images", "--query", "a dog",
+                           "--paraphrase", "a dog")
+        assert (report["ao"], report["js"], report["pairs"], report["ao_ci"]) == (1, 1, 1, [1, 1])
+        assert "ao_random" not in report and "recall" not in report
+
+
+def test_long_texts_and_bfloat16(world, capsys):
+    for kind in ("clip", "siglip"):
+        report, = evaluate(capsys, world / kind, "--images", world / "images", "--query", "dog " * 500,
+                           "--paraphrase", "a cat", "--precision", "bf16")
+        assert 0 <= report["ao"] <= 1
+
+
+def test_siglip_texts_are_padded_to_full_length_without_a_mask(world):
+    model, seen = ev.open_model(str(world / "siglip"), "cpu", "fp32"), []
+    model.model.get_text_features = lambda **tokens: seen.append(tokens) or torch.ones(2, 4)
+    model.encode_text(["a dog", "the big house"])
+    assert seen[0]["input_ids"].shape == (2, 12) and "attention_mask" not in seen[0]
+
+
+def test_outputs_of_old_and_new_transformers():
+    features = torch.tensor([[3.0, 4]])
+    tokens = torch.tensor([[[3.0, 4], [1, 0]]])
+    for output in (features, Namespace(pooler_output=features), Namespace(pooler_output=tokens)):
+        assert ev.unit_features(output).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]]
+
+
+def test_cache_answers_without_decoding(world, tmp_path, capsys, monkeypatch):
+    arguments = [world / "clip", *everything(world), "--cache", tmp_path / "cache"]
+    first = evaluate(capsys, *arguments)
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == 2 and all(file.suffix == ".pt" for file in kept)  # two galleries
+    monkeypatch.setattr(data, "open_picture", lambda item: pytest.fail("decoded"))
+    assert evaluate(capsys, *arguments) == first
+    monkeypatch.undo()
+    before = os.stat(world / "images/00.png")
+    os.utime(world / "images/00.png", (1, 1))  # a picture that may have changed: computed again
+    assert evaluate(capsys, *arguments) == first and len(list((tmp_path / "cache").iterdir())) == 3
+    os.utime(world / "images/00.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    evaluate(capsys, world / "siglip", *arguments[1:])
+    evaluate(capsys, *arguments, "--precision", "bf16")
+    assert len(list((tmp_path / "cache").iterdir())) == 7
+
+
+class OwnModel(torch.nn.Module):
+    """What load_model of paraclip.py promises."""
+    preprocess = staticmethod(small_tensor)
+
+    def encode_image(self, images):
+        assert images.dtype == torch.uint8
+        return torch.nn.functional.normalize(images.float().flatten(1)[:, :16] - 127.0, dim=-1)
+
+    def encode_text(self, texts):
+        rows = [[texts_count.get(chr(97 + i), 0) + 0.1 * i for i in range(16)] for texts_count in map(Counter, texts)]
+        return torch.nn.functional.normalize(torch.tensor(rows), dim=-1)
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """A small emoji benchmark and a run folder beside it, as the current directory."""
+    for split, n in (("test", 12), ("val", 6)):
+        folder = tmp_path / "shards/emoji" / split
+        folder.mkdir(parents=True)
+        with tarfile.open(folder / "00000.tar", "w") as tar:
+            for i in range(n):
+                save_picture(tmp_path / "x.jpg", i)
+                for suffix, content in ((".jpg", (tmp_path / "x.jpg").read_bytes()), (".txt", b"a caption")):
+                    member = tarfile.TarInfo(f"{i:09}{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        os.remove(tmp_path / "x.jpg")
+        pairs = [{"query": f"query {chr(97 + i)}", "paraphrase": f"{kind} words {chr(98 + i)}", "image": f"{i:09}",
+                  "kind": kind} for kind in ("template", "order", "name") for i in range(n) if kind != "name" or i % 2]
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        zeroshot = {"classnames": [*"abcdefgh"], "labels": {f"{i:09}": 5 * i % 8 for i in range(n - 1, 0, -1)}}
+        (folder / "zeroshot.json").write_text(json.dumps(zeroshot))
+    run = tmp_path / "runs/emoji-align"
+    run.mkdir(parents=True)
+    (run / "model.pt").write_bytes(b"weights")
+    (run / "config.json").write_text('{"data": "emoji", "text": "align"}')  # ours: no model_type
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PARACLIP_DATA", raising=False)
+    monkeypatch.setattr(ev, "load_model", lambda path, device, precision: OwnModel())
+    return tmp_path
+
+
+def test_no_argument_measures_our_run_on_the_emoji_benchmark(benchmark, capsys):
+    report, = evaluate(capsys)
+    assert (report["model"], report["split"], report["gallery"], report["pairs"]) == ("runs/emoji-align", "test", 12, 6)
+    assert {kind: part["pairs"] for kind, part in report["kinds"].items()} == {"name": 6, "order": 12, "template": 12}
+    for name in ("ao", "js", "ao_ci", "ao_random", "recall", "paraphrase_recall"):
+        assert report[name] == report["kinds"]["name"][name]
+    assert (report["zeroshot"]["classes"], report["zeroshot"]["images"]) == (8, 11)
+    prompts = torch.stack([OwnModel().encode_text([form.replace("{}", name) for form in ev.TEMPLATES]).mean(0)
+                           for name in "abcdefgh"])
+    with tarfile.open("shards/emoji/test/00000.tar") as tar:
+        pictures = [small_tensor(Image.open(tar.extractfile(f"{i:09}.jpg"))) for i in range(1, 12)]
+    scores = OwnModel().encode_image(torch.stack(pictures)) @ torch.nn.functional.normalize(prompts, dim=-1).T
+    top5 = [5 * i % 8 in row.topk(5).indices for i, row in enumerate(scores, 1)]
+    assert report["zeroshot"]["top5"] == pytest.approx(np.mean(top5))
+    assert evaluate(capsys, "--split", "val")[0]["gallery"] == 6
+    one, two = evaluate(capsys, "runs/emoji-align", "runs/emoji-align/model.pt")
+    assert one["ao"] == two["ao"] and two["diff"]["kinds"]["order"]["ao_ci"] == [0, 0]
+    report, = evaluate(capsys, "--query", "a", "--paraphrase", "b", "--figure", "x.png")
+    assert (report["gallery"], report["pairs"]) == (12, 1) and Image.open("x.png").size[0] > 1000
+
+
+def test_figure_frames_shared_pictures_alike(world, tmp_path):
+    gallery = data.list_pictures(world / "images")
+    names = [name for name in gallery if name.endswith("png")]
+    part = {"pairs": [{"query": "naïve 中 query " * 20, "paraphrase": "W" * 90, "image": names[1]}], "names": names,
+            "lists": torch.tensor([[[0, 1, 2]], [[2, 3, 0]]]), "ao": np.array([0.25]), "js": np.array([0.5])}
+    ev.draw_figure(tmp_path / "x.png", gallery, [("one", part), ("two", part)], 0, "note", 3)
+    picture = np.array(Image.open(tmp_path / "x.png"))
+    colours = [tuple(int(colour[i:i + 2], 16) for i in (1, 3, 5)) for colour in ev.FRAMES]
+    places = {colour: np.argwhere((picture == colour).all(-1)) for colour in colours}
+    assert [len(found) > 0 for found in places.values()] == [True, True] + [False] * 8
+    for found in list(places.values())[:2]:  # two models, and a frame in each of their two rows
+        assert len({y // 40 for y, _ in found}) > 8
+    step = ev.THUMB + ev.GAP
+    columns = [sorted({int(x - ev.MARGIN - ev.TEXT_WIDTH + 8) // step for _, x in places[colour]})
+               for colour in colours[:2]]
+    assert columns == [[0, 2], [0, 2]]  # picture 0: places 1 and 3; picture 2: places 3 and 1
+
+
+# ---- errors for people ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--bogus"], "unrecognized arguments: --bogus"),
+    ([], "run `python paraclip.py` first"),
+    (["nowhere.pt"], "nowhere.pt: neither a checkpoint"),
+    (["no-such-owner/no-such-model", "--sts", "sts.csv"], "no-such-owner/no-such-model"),
+    (["images"], "images: neither"),
+    (["bert", "--sts", "sts.csv"], "bert"),
+    (["clip", "--pairs", "pairs.jsonl"], "--images"),
+    (["clip", "--pairs", "missing.jsonl", "--images", "images"], "missing.jsonl"),
+    (["clip", "--pairs", "triplets.json", "--images", "missing"], "missing: no such folder"),
+    (["clip", "--pairs", "pairs.jsonl", "--images", "empty"], "empty: no picture"),
+    (["clip", "--pairs", "pairs.jsonl", "--images", "unreadable"], "none of the 1 pictures can be read"),
+    (["clip", "--captions", "captions.json", "--images", "classes"], "none of the 10 pictures"),
+    (["clip", "--captions", "pairs.jsonl", "--images", "images"], "pairs.jsonl: not a COCO captions file"),
+    (["clip", "--images", "images"], "--images says where"),
+    (["clip", "--query", "a dog", "--images", "images"], "belong together"),
+    (["clip", "--query", "a", "--paraphrase", "b", "--pairs", "pairs.jsonl", "--images", "images"], "in place of"),
+    (["clip", "--zeroshot", "empty"], "empty"),
+    (["clip", "--zeroshot", "cifar10:empty"], "CIFAR10"),
+    (["clip", "--zeroshot", "classes", "--templates", "sts.csv"], "sts.csv, line 1: a template needs {}"),
+    (["clip", "--zeroshot", "classes", "--classnames", "sts.csv"], "12 names for the 3 classes"),
+    (["clip", "--templates", "sts.csv", "--sts", "sts.csv"], "belong to --zeroshot"),
+    (["clip", "--sts", "triplets.json"], "triplets.json, line 1"),
+    (["clip", "--sts", "sts.csv", "--figure", "x.png"], "--figure draws a pair"),
+    (["clip", "--sts", "sts.csv", "--json", "nowhere/x.json"], "folder does not exist"),
+    (["clip", "--sts", "sts.csv", "--precision", "fp8"], "argument --precision: invalid choice"),
+    (["clip", "--sts", "sts.csv", "--device", "warp"], "--device warp"),
+    (["clip", "--split", "train"], "argument --split: invalid choice"),
+    (["clip", "--sts", "sts.csv", "--k", "0"], "--k 0"),
+])
+def test_errors_are_one_line_and_status_2(world, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("empty", "unreadable"):
+        (world / name).mkdir(exist_ok=True)
+    (world / "unreadable/x.jpg").write_bytes(b"nothing")
+    if not (world / "bert").exists():
+        BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                             intermediate_size=8)).save_pretrained(world / "bert")
+    with pytest.raises(SystemExit) as stop:
+        data.run(lambda: ev.main([*arguments, "--workers", "0"]))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and complaint in lines[0]
