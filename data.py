@@ -692,11 +692,15 @@ def collate(samples):
     return torch.stack(images), list(captions), Counter(reason for reason in failed if reason)
 
 
+GRACE = 20  # seconds
+
+
 def leave_signals_to_parent(worker: int):
     # A scheduler signals the whole process group. The parent finishes its step and writes a checkpoint, for which it
-    # needs its workers alive; they end when it ends.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    # needs its workers alive a little longer. SIGTERM is not ignored for ever: multiprocessing ends stray workers by it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, seed: int, workers: int, pin=False):

@@ -57,7 +57,7 @@ class Config:
     # data
     data: str = flag("emoji", "emoji, cc12m (a whole recipe each), or shards: folder, .tar, glob, {000..123}, by ::")
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(1, "loader processes a rank")
+    workers: int = flag(0, "loader processes a rank (0: none, the best where the training itself fills the cores)")
     crop: float = flag(0.8, "smallest share of a picture's area that the random crop keeps")
     # text tower
     text: str = flag("align", "how the language model is used", choices=("scratch", "finetune", "frozen", "align"))
@@ -73,7 +73,7 @@ class Config:
     heads: int = flag(4, "attention heads of the ViT")
     embed_dim: int = flag(256, "of the space both towers share")
     # optimization
-    steps: int = flag(300, "optimizer steps (0: --epochs decides)")
+    steps: int = flag(500, "optimizer steps (0: --epochs decides)")
     epochs: float = flag(0.0, "passes over the data, when --steps is 0")
     batch_size: int = flag(256, "pairs in the softmax: the global batch, over all ranks")
     accum: int = flag(1, "micro-batches a step; each keeps all negatives of the global batch")
@@ -651,12 +651,12 @@ def build(cfg: Config, index: ShardIndex, device: torch.device):
 
 
 def open_batches(cfg: Config, index: ShardIndex, start: int, steps: int, device: torch.device):
-    """Iterator over this rank's (images, captions, failed) of the steps start .. steps - 1."""
+    """Yields this rank's (images, captions, failed) of the steps start .. steps - 1; its close() ends the workers."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = batch_order(index, batch_size=cfg.batch_size, seed=cfg.seed, start=start, steps=steps, rank=rank,
                         world=world)
-    return iter(training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed,
-                                workers=cfg.workers, pin=device.type == "cuda"))
+    yield from training_loader(index, order, image_size=cfg.image_size, crop=cfg.crop, seed=cfg.seed,
+                               workers=cfg.workers, pin=device.type == "cuda")
 
 
 def update(model: ParaCLIP, optimizer, cfg: Config):
@@ -698,8 +698,6 @@ def train(cfg: Config):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
-    batches = open_batches(cfg, index, start, steps, device)
-
     def save(step):
         counts = sum(everywhere(skipped), Counter())
         if rank == 0:
@@ -720,8 +718,8 @@ def train(cfg: Config):
     bar = tqdm(total=steps, initial=start, desc="training", disable=rank > 0 or None)
     t0 = began = time.perf_counter()
     waited, last = 0.0, start
-    batch = next(batches)
-    with stop_signals() as signals:
+    with contextlib.closing(open_batches(cfg, index, start, steps, device)) as batches, stop_signals() as signals:
+        batch = next(batches)
         for step in range(start + 1, steps + 1):
             # --------------------------------------------------------------------------------------------------------
             images, captions, failed = batch
@@ -764,7 +762,6 @@ def train(cfg: Config):
             if stop:
                 break
     bar.close()
-    del batches  # ends the loader's workers
     print0(f"{'stopped by a signal' if stop else 'done'} at step {step} of {steps} after "
            f"{time.perf_counter() - t0:.0f} s; skipped or filled samples: {dict(counts) or 'none'}; checkpoint: {out / 'model.pt'}. "
            + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
@@ -821,6 +818,7 @@ def bench(cfg: Config, repeats: int = 7):
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    batches.close()
     report = {"device": name, "world": world, "batch_size": cfg.batch_size, "precision": cfg.precision,
               "text": cfg.text, "tokens": tokens, "matrix_tflops": matrix_rate / 1e12, "peak_memory_gb": memory / 1e9,
               "data_wait": statistics.median(waited[2:]) / rows["whole step"][0]}

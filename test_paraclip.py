@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -745,7 +746,8 @@ def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_p
         return loss * next(losses), accuracy
     monkeypatch.setattr(paraclip, "contrastive_loss", failing)
     with pytest.raises(UserError, match="nan.* at step 3"):
-        paraclip.train(cfg)
+        paraclip.train(paraclip.dataclasses.replace(cfg, workers=1))
+    assert not multiprocessing.active_children()  # the loader's workers, which do not heed a SIGTERM at once, are gone
     assert torch.load(tmp_path / "run" / "model.pt", weights_only=True)["step"] == 2
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write into the run folder"):
