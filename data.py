@@ -697,7 +697,7 @@ GRACE = 20  # seconds
 
 def leave_signals_to_parent(worker: int):
     # A scheduler signals the whole process group. The parent finishes its step and writes a checkpoint, for which it
-    # needs its workers alive a little longer. SIGTERM is not ignored for ever: multiprocessing ends stray workers by it.
+    # needs its workers alive a little longer. SIGTERM is not ignored for ever: multiprocessing ends workers by it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

@@ -49,6 +49,7 @@ def flag(default, help: str, **more):
     return field(default=default, metadata={"help": help, **more})
 
 
+DEFAULT_STEPS = 560  # of a run that says neither --steps nor --epochs: under five minutes on two cores for emoji
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -73,8 +74,8 @@ class Config:
     heads: int = flag(4, "attention heads of the ViT")
     embed_dim: int = flag(256, "of the space both towers share")
     # optimization
-    steps: int = flag(560, "optimizer steps (0: --epochs decides)")
-    epochs: float = flag(0.0, "passes over the data, when --steps is 0")
+    steps: int = flag(0, f"optimizer steps; where given, --epochs does not count (neither: {DEFAULT_STEPS})")
+    epochs: float = flag(0.0, "passes over the data")
     batch_size: int = flag(256, "pairs in the softmax: the global batch, over all ranks")
     accum: int = flag(1, "micro-batches a step; each keeps all negatives of the global batch")
     lr: float = flag(1e-3, "peak learning rate")
@@ -91,7 +92,7 @@ class Config:
 
 # Recipes by --data; the defaults above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it (arXiv 2112.12750).
 PRESETS = {"cc12m": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12, embed_dim=512, lm="roberta-base",
-                         batch_size=4096, steps=0, epochs=35.0, lr=5e-4, lm_lr=5e-5, weight_decay=0.5, warmup=2000,
+                         batch_size=4096, epochs=35.0, lr=5e-4, lm_lr=5e-5, weight_decay=0.5, warmup=2000,
                          crop=0.5, workers=6, save_every=500, align_layers=2)}
 # Fields that may change when a run is continued: they move results by rounding at most.
 FREE = ("out", "workers", "accum", "compile", "save_every", "bench")
@@ -564,7 +565,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://"))
-    # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for the addresses of dead ones.
+    # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for addresses of dead ones.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
@@ -755,7 +756,8 @@ def train(cfg: Config):
                 row = {"step": step, "epoch": round(step / per_epoch, 4), "loss": loss, "accuracy": accuracy,
                        "logit_scale": model.logit_scale.exp().item(),
                        "lr": cfg.lr * schedule(step - 1, steps, cfg.warmup),
-                       "images_per_s": round(rate, 1), "data_wait": round(waited / seconds, 4)}
+                       "images_per_s": round(rate, 1), "data_wait": round(waited / seconds, 4),
+                       "skipped": dict(skipped)}  # of this rank; the checkpoint has the sum
                 name = torch.cuda.get_device_name() if device.type == "cuda" else ""
                 if peak := next((peak for key, peak in PEAKS.items() if key in name), 0):
                     tokens = model.tokenize(captions)["input_ids"].shape[1]
@@ -770,7 +772,8 @@ def train(cfg: Config):
     bar.close()
     print0(f"{'stopped by a signal' if stop else 'done'} at step {step} of {steps} after "
            f"{time.perf_counter() - t0:.0f} s; skipped or filled samples: {dict(counts) or 'none'}; checkpoint: "
-           f"{out / 'model.pt'}. " + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
+           f"{out / 'model.pt'}. "
+           + ("The same command continues." if stop else f"Next: python eval_paraphrase.py {out}"))
     if stop:
         sys.exit(128 + signal.SIGTERM)
 
@@ -845,7 +848,8 @@ def main(argv=None):
     # What depends on the machine or on other fields is settled here, once, and stands in the run's config.json.
     name = "-".join(Path(part).stem or part for part in cfg.data.split("::"))
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
-                              precision=cfg.precision or best_precision())
+                              precision=cfg.precision or best_precision(),
+                              steps=cfg.steps or (0 if cfg.epochs else DEFAULT_STEPS))
     try:
         bench(cfg) if cfg.bench else train(cfg)
     finally:

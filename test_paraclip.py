@@ -13,12 +13,14 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter
 from argparse import Namespace
 from importlib.metadata import distribution
@@ -45,9 +47,10 @@ from paraclip import Config, ParaCLIP, ViT, contrastive_loss, geometry_loss, loa
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision's plans
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]  # more workers than cores, on purpose
 HERE = Path(__file__).parent
-WORDS = "a red blue green circle square dog cat on the left of right above below small big . [PAD] [UNK] [CLS] [SEP]".split()
-TINY = dict(image_size=16, patch_size=8, width=32, depth=2, heads=2, embed_dim=16, precision="fp32", batch_size=16, warmup=2,
-            steps=4, workers=0, save_every=100)
+WORDS = "a red blue green circle square dog cat on the left of right above below small big . [PAD] [UNK] [CLS] [SEP]"
+WORDS = WORDS.split()
+TINY = dict(image_size=16, patch_size=8, width=32, depth=2, heads=2, embed_dim=16, precision="fp32", batch_size=16,
+            warmup=2, steps=4, workers=0, save_every=100)
 
 
 # ---- tools ---------------------------------------------------------------------------------------------------------
@@ -122,8 +125,8 @@ def mistake(capsys, program, *argv) -> str:
 def start(*argv, nproc: int = 1, **options) -> subprocess.Popen:
     """A program in a process, or under torchrun in `nproc` of them."""
     port = random.SystemRandom().randint(20000, 40000)
-    launcher = [] if nproc == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--master_port={port}",
-                                      "--max-restarts=1", "--monitor-interval=0.1"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", f"--master_port={port}", "--max-restarts=1",
+                "--monitor-interval=0.1"] if nproc > 1 else []
     return subprocess.Popen([sys.executable, *launcher, *map(str, argv)], env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -281,7 +284,8 @@ def test_same_bytes_twice(tmp_path):
 def test_find_shards_understands_every_way_to_name_them(tmp_path, monkeypatch):
     folder = Path(shards(tmp_path / "s", [1, 1, 1]))
     every = [folder / f"0000{i}.tar" for i in range(3)]
-    assert find_shards(str(folder)) == find_shards(f"{folder}/*.tar") == find_shards(f"{folder}/{{00000..00002}}.tar") == every
+    for name in (str(folder), f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
+        assert find_shards(name) == every
     assert find_shards(f"{folder}/00002.tar::{folder}/{{00000..00001}}.tar") == [every[2], *every[:2]]
     with pytest.raises(UserError, match="no .tar file at"):
         find_shards(str(tmp_path / "nowhere"))
@@ -300,8 +304,10 @@ def exif_rotated() -> bytes:
 
 def huge_png() -> bytes:
     """A PNG of a few bytes whose header says 30,000 x 30,000."""
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", __import__("zlib").crc32(name + body))  # noqa: E731
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
 
 
 def test_every_fault_is_skipped_and_counted_and_nothing_is_mispaired(tmp_path):
@@ -310,7 +316,7 @@ def test_every_fault_is_skipped_and_counted_and_nothing_is_mispaired(tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     path = tmp_path / "s" / "00000.tar"
     write_tar(path, [
-        ("b.txt", b"caption of b"), ("a.JPG", jpg), ("x/a.png", picture(8, kind="PNG")), ("a.txt", b"caption of a"),  # interleaved
+        ("b.txt", b"caption of b"), ("a.JPG", jpg), ("x/a.png", picture(8, kind="PNG")), ("a.txt", b"caption of a"),
         ("b.jpeg", picture(9)), ("x/a.txt", b"caption of x/a"), ("a.cls", b"3"),
         ("../../escape.jpg", jpg), ("../../escape.txt", b"caption of escape"),  # only a key: nothing is unpacked
         ("dotted.v2.webp", picture(10, kind="WEBP")), ("dotted.v2.json", b'{"caption": "caption of dotted"}'),
@@ -324,8 +330,8 @@ def test_every_fault_is_skipped_and_counted_and_nothing_is_mispaired(tmp_path):
         tar.addfile(link)
     keys, rows, skipped, seen = index_shard(path)
     assert keys == ["a", "x/a", "b", "../../escape", "dotted.v2", "utf", "half", "text", "huge"]
-    assert skipped == {"link or special member": 1, "no caption": 1, "empty caption": 1, "no caption in json": 1, "broken json": 1,
-                       "empty image": 1, "duplicate key": 1, "no image": 2}
+    assert skipped == {"link or special member": 1, "no caption": 1, "empty caption": 1, "no caption in json": 1,
+                       "broken json": 1, "empty image": 1, "duplicate key": 1, "no image": 2}
     (tmp_path / "s" / "00001.tar").write_bytes(b"")
     (tmp_path / "s" / "00002.tar").write_bytes(b"this is no tar" * 100)
     whole = write_tar(tmp_path / "s" / "00003.tar", [m for i in range(20, 24) for m in sample(i)]).read_bytes()
@@ -357,7 +363,8 @@ def test_a_set_without_a_usable_sample_names_the_members_it_saw(tmp_path):
         ShardIndex(str(tmp_path / "s"))
 
 
-@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")])
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"),
+                                        ("WEBP", "RGB")])
 def test_decoding_agrees_with_pillow_for_every_kind_of_picture(kind, mode):
     content = picture(3, kind=kind, mode=mode)
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).transpose(2, 0, 1)
@@ -386,7 +393,7 @@ def test_the_index_takes_24_bytes_a_sample_and_is_rebuilt_when_a_shard_changes(t
 def test_an_epoch_is_a_permutation_that_mixes_and_reads_in_blocks(monkeypatch):
     monkeypatch.setattr(data, "WINDOW", 1000)
     n, block = 5003, 10
-    first, again, other, later = (EpochOrder(n, block, seed, epoch)[0:n] for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1)))
+    first, again, other, later = (EpochOrder(n, block, *key)[0:n] for key in ((0, 0), (0, 0), (1, 0), (0, 1)))
     assert np.array_equal(first, again) and sorted(first) == sorted(other) == sorted(later) == list(range(n))
     assert (first == other).mean() < 0.01 and (first == later).mean() < 0.01
     order = EpochOrder(n, block, 0, 0)
@@ -420,11 +427,12 @@ def test_each_sample_is_seen_once_over_ranks_and_workers_with_its_own_caption(tm
         assert torch.equal(torch.cat([s[k][0] for s in steps]), alone[k][0])  # augmentation too
         for image, caption in zip(alone[k][0], alone[k][1]):
             original = decode_image(picture(int(caption.split()[-1]))).float().mean((1, 2))
-            assert (image.float().mean((1, 2)) - original).abs().max() < 45  # its own picture: crops keep the mean colour
+            assert (image.float().mean((1, 2)) - original).abs().max() < 45  # crops keep a picture's mean colour
 
 
 def test_a_picture_that_proves_bad_is_replaced_the_same_way_each_time_and_counted(tmp_path):
-    members = [m for i in range(16) for m in (sample(i) if i % 4 else [(f"{i:05d}.jpg", b"junk"), (f"{i:05d}.txt", b"junk")])]
+    junk = lambda i: [(f"{i:05d}.jpg", b"junk"), (f"{i:05d}.txt", b"junk")]  # noqa: E731
+    members = [member for i in range(16) for member in (sample(i) if i % 4 else junk(i))]
     write_tar(tmp_path / "s" / "0.tar", members)
     index = ShardIndex(str(tmp_path / "s"))
 
@@ -452,13 +460,15 @@ def test_data_program_looks_a_set_over(tmp_path, capsys):
 # ---- model ---------------------------------------------------------------------------------------------------------
 def test_vit_equals_hugging_faces_vit_with_the_same_weights():
     torch.manual_seed(0)
-    theirs = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3,
-                                   num_attention_heads=4, intermediate_size=192, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    config = transformers.ViTConfig(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3,
+                                    num_attention_heads=4, intermediate_size=192, layer_norm_eps=1e-6)
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
     ours = ViT(image_size=32, patch_size=8, width=48, depth=3, heads=4)
     state = theirs.state_dict()
     find = lambda *parts: next(v for k, v in state.items() if all(part in k for part in parts))  # noqa: E731
     copied = {"cls_token": state["embeddings.cls_token"], "pos_embed": state["embeddings.position_embeddings"],
-              "patch_embed.weight": find("patch_embeddings", "weight"), "patch_embed.bias": find("patch_embeddings", "bias"),
+              "patch_embed.weight": find("patch_embeddings", "weight"),
+              "patch_embed.bias": find("patch_embeddings", "bias"),
               "norm.weight": state["layernorm.weight"], "norm.bias": state["layernorm.bias"]}
     names = [k for k in state if ".0." in k]
     q, k_, v, o = [next(n for n in names if any(p in n for p in alternatives) and n.endswith("weight"))[:-len("weight")]
@@ -471,7 +481,8 @@ def test_vit_equals_hugging_faces_vit_with_the_same_weights():
         for part in ("weight", "bias"):
             copied[f"blocks.{i}.qkv.{part}"] = torch.cat([state[here(n) + part] for n in (q, k_, v)])
             copied[f"blocks.{i}.proj.{part}"] = state[here(o) + part]
-            copied[f"blocks.{i}.fc1.{part}"], copied[f"blocks.{i}.fc2.{part}"] = state[here(up) + part], state[here(down) + part]
+            copied[f"blocks.{i}.fc1.{part}"] = state[here(up) + part]
+            copied[f"blocks.{i}.fc2.{part}"] = state[here(down) + part]
             copied[f"blocks.{i}.norm1.{part}"] = find(f".{i}.layernorm_before", part)
             copied[f"blocks.{i}.norm2.{part}"] = find(f".{i}.layernorm_after", part)
     ours.load_state_dict(copied)
@@ -490,7 +501,8 @@ def build(lm, seed=0, **fields) -> ParaCLIP:
 
 def batch(n: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 255, (n, 3, 16, 16), generator=generator, dtype=torch.uint8), [sentence(i) for i in range(n)]
+    images = torch.randint(0, 255, (n, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return images, [sentence(i) for i in range(n)]
 
 
 @pytest.mark.parametrize("text", ["frozen", "align"])
@@ -518,7 +530,8 @@ def test_frozen_is_frozen_in_every_way(lm, text):
 
 def test_scratch_starts_from_random_weights_of_the_same_architecture(lm):
     scratch, finetune = build(lm, text="scratch").text.lm, build(lm, text="finetune").text.lm
-    assert {k: v.shape for k, v in scratch.state_dict().items()} == {k: v.shape for k, v in finetune.state_dict().items()}
+    shapes = [{k: v.shape for k, v in lm.state_dict().items()} for lm in (scratch, finetune)]
+    assert shapes[0] == shapes[1]
     assert not torch.equal(scratch.encoder.layer[0].output.dense.weight, finetune.encoder.layer[0].output.dense.weight)
 
 
@@ -626,7 +639,8 @@ def test_schedule_and_weight_decay_groups(lm):
     groups = paraclip.make_optimizer(model, Config(text="finetune", lr=1.0, lm_lr=0.1, weight_decay=0.3)).param_groups
     of = {id(p): g for g in groups for p in g["params"]}
     group = lambda name: of[id(model.get_parameter(name))]  # noqa: E731
-    for name in ("logit_scale", "visual.norm.weight", "visual.blocks.0.fc1.bias", "visual.pos_embed", "visual.cls_token"):
+    for name in ("logit_scale", "visual.norm.weight", "visual.blocks.0.fc1.bias", "visual.pos_embed",
+                 "visual.cls_token"):
         assert group(name)["weight_decay"] == 0 and group(name)["peak_lr"] == 1.0
     assert group("visual.blocks.0.fc1.weight")["weight_decay"] == 0.3
     assert group("text.lm.encoder.layer.0.output.dense.weight")["peak_lr"] == 0.1
@@ -652,7 +666,8 @@ def test_checkpoint_holds_what_was_trained_and_no_more(lm, tmp_path):
         assert any(name.startswith("text.lm.") for name in checkpoint["model"]) == (text == "scratch")
         assert checkpoint["lm"]["name"] == lm and checkpoint["step"] == 4 and checkpoint["config"]["text"] == text
         log = [json.loads(line) for line in (tmp_path / text / "log.jsonl").read_text().splitlines()]
-        assert log[-1]["step"] == 4 and {"loss", "accuracy", "logit_scale", "lr", "images_per_s", "data_wait"} <= log[-1].keys()
+        assert log[-1]["step"] == 4
+        assert {"loss", "accuracy", "logit_scale", "lr", "images_per_s", "data_wait"} <= log[-1].keys()
         model = load_model(tmp_path / text / "model.pt")
         assert all(torch.equal(model.state_dict()[k], v) for k, v in checkpoint["model"].items())
 
@@ -660,11 +675,12 @@ def test_checkpoint_holds_what_was_trained_and_no_more(lm, tmp_path):
 def test_load_model_refuses_what_is_not_ours_or_has_another_language_model(lm, tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"model": {}}, tmp_path / "other.pt")
-    for name, words in (("junk.pt", "no paraclip checkpoint"), ("other.pt", "no paraclip checkpoint"), ("none.pt", "cannot read")):
+    for name, words in (("junk.pt", "no paraclip checkpoint"), ("other.pt", "no paraclip checkpoint"),
+                        ("none.pt", "cannot read")):
         with pytest.raises(UserError, match=words):
             load_model(tmp_path / name)
     own = tmp_path / "lm"
-    __import__("shutil").copytree(lm, own)
+    shutil.copytree(lm, own)
     folder = shards(tmp_path / "s", [16])
     paraclip.train(Config(**TINY | dict(data=folder, out=str(tmp_path / "run"), lm=str(own), steps=1)))
     other = transformers.BertModel.from_pretrained(own)
@@ -761,7 +777,7 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
     for layout in ("published", "copy"):
         shards(tmp_path / layout / "cc12m", [20, 20])
     for number in range(2):
-        os.rename(tmp_path / "copy" / "cc12m" / f"0000{number}.tar", tmp_path / "copy" / "cc12m" / f"cc12m-train-000{number}.tar")
+        (tmp_path / "copy/cc12m" / f"0000{number}.tar").rename(tmp_path / "copy/cc12m" / f"cc12m-train-000{number}.tar")
     small = flags(lm=lm, batch_size=16, epochs=1, image_size=16, patch_size=8, width=32, depth=1, heads=2, workers=1)
     for layout in ("published", "copy"):
         monkeypatch.setenv("PARACLIP_DATA", str(tmp_path / layout))
@@ -777,7 +793,8 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("args, message", [
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"), (["--text", "thaw"], "invalid choice: 'thaw'"),
-    (["--lm", "no/such-model"], "language model 'no/such-model' cannot be had"), (["--batch-size", "64"], "larger than the set"),
+    (["--lm", "no/such-model"], "language model 'no/such-model' cannot be had"),
+    (["--batch-size", "64"], "larger than the set"),
     (["--accum", "3"], "must be a multiple"), (["--image-size", "15"], "must be a multiple"),
     (["--text", "scratch", "--geometry", "1"], "--geometry needs")])
 def test_mistakes_are_told_in_one_line(lm, tmp_path, capsys, args, message):
