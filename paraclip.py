@@ -9,7 +9,9 @@ on top, trained with CLIP's contrastive loss. The paper's other ways to use the 
     torchrun --nproc_per_node 8 paraclip.py --data cc12m          # one node, the whole CC12M recipe
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 paraclip.py --data cc12m
 
-The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out.
+The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out: on the emoji
+scenes the rankings of a query and its paraphrase overlap by AO@10 = 19 % with align and 11 % with scratch, at equal
+recall (README.md: commands, intervals, machine; four and nine minutes on two CPU cores).
 """
 
 from __future__ import annotations
