@@ -371,6 +371,12 @@ def test_decoding_agrees_with_pillow_for_every_kind_of_picture(kind, mode):
     assert np.array_equal(decode_image(content).numpy(), expected)
 
 
+def test_a_picture_above_the_limit_is_refused_from_its_header(monkeypatch):
+    monkeypatch.setattr(data, "MAX_PIXELS", 20 * 18 - 1)  # well below the size at which Pillow itself objects
+    with pytest.raises(BadSample, match="too many pixels"):
+        decode_image(picture(0))
+
+
 def test_decoding_turns_by_exif_lays_transparency_on_white_and_keeps_16_bit_grey():
     assert decode_image(exif_rotated()).shape == (3, 30, 10)
     out = io.BytesIO()
@@ -387,6 +393,11 @@ def test_the_index_takes_24_bytes_a_sample_and_is_rebuilt_when_a_shard_changes(t
     assert index.entries.nbytes == 24 * 8 and isinstance(index.entries, np.memmap)
     shards(tmp_path / "s", [5, 4])
     assert len(ShardIndex(folder)) == 9
+    path = tmp_path / "s" / "00000.tar"
+    caption = sentence(0).encode()
+    path.write_bytes(path.read_bytes().replace(caption, b" " * len(caption)))  # same size, another time
+    os.utime(path, (1, 1))
+    assert len(ShardIndex(folder)) == 8
 
 
 # ---- data: order and loader ----------------------------------------------------------------------------------------
@@ -396,6 +407,8 @@ def test_an_epoch_is_a_permutation_that_mixes_and_reads_in_blocks(monkeypatch):
     first, again, other, later = (EpochOrder(n, block, *key)[0:n] for key in ((0, 0), (0, 0), (1, 0), (0, 1)))
     assert np.array_equal(first, again) and sorted(first) == sorted(other) == sorted(later) == list(range(n))
     assert (first == other).mean() < 0.01 and (first == later).mean() < 0.01
+    inside = [EpochOrder(50, 50, 0, epoch)[0:50] for epoch in (0, 1)]  # one block: all the mixing is the window's
+    assert (inside[0] == inside[1]).mean() < 0.3
     order = EpochOrder(n, block, 0, 0)
     assert np.array_equal(np.concatenate([order[i:i + 7] for i in range(0, n, 7)]), first)  # pieces across windows
     assert min(len(order.window(w)) for w in range(len(order.windows))) >= 1000 - block
