@@ -785,7 +785,7 @@ def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_p
         paraclip.train(paraclip.dataclasses.replace(cfg, out=str(tmp_path / "file" / "run")))
 
 
-def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
+def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch, capsys):
     """Both published layouts, on two processes; sizes are cut down, the recipe's other fields stay."""
     for layout in ("published", "copy"):
         shards(tmp_path / layout / "cc12m", [20, 20])
@@ -800,6 +800,14 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch):
         assert checkpoint["step"] == 2 and checkpoint["data"]["samples"] == 40
         config = json.loads((tmp_path / f"run-{layout}" / "config.json").read_text())
         assert config["weight_decay"] == paraclip.PRESETS["cc12m"]["weight_decay"] and config["embed_dim"] == 512
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+    pair = {"query": "a red dog", "paraphrase": "a dog red", "image": "3.jpg"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair))
+    capsys.readouterr()
+    call(ev, tmp_path / "run-published", "--pairs", tmp_path / "pairs.jsonl", "--images", tmp_path, "--workers", 0)
+    report, = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["gallery"], report["pairs"], report["k"]) == (6, 1, 6) and 0 < report["ao"] <= 1
     recipe = paraclip.parse_config(Config, ["--data", "cc12m"], paraclip.PRESETS)
     assert (recipe.batch_size, recipe.epochs, recipe.lm, recipe.image_size) == (4096, 35.0, "roberta-base", 224)
 
