@@ -37,11 +37,10 @@ import torch
 import torchvision
 from filelock import FileLock  # a dependency of torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-try:  # twice as fast as Pillow on photos, but announced to leave torchvision
+try:  # faster than Pillow, but announced to leave torchvision
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
@@ -711,7 +710,6 @@ def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, s
         prefetch_factor=4 if workers else None)
 
 
-
 # ---- evaluation data: texts ----------------------------------------------------------------------------------------
 # Every reader raises UserError naming the file and the line (in a JSON array: the item) that it stumbled over.
 
@@ -952,7 +950,6 @@ def main(argv=None):
     index = ShardIndex(args.data, args.workers)
     n = min(len(index), INSPECTED)
     lengths = np.array([len(index.caption(i).split()) for i in range(n)])
-    dataset = TrainingSet(index, image_size=args.image_size, crop=0.5, seed=0)
     order = EpochOrder(len(index), block=128, seed=0, epoch=0)[0:n].tolist()
     batches = [[(0, i) for i in order[j:j + 64]] for j in range(0, n, 64)]
     loader = training_loader(index, batches, image_size=args.image_size, crop=0.5, seed=0, workers=args.workers)

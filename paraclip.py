@@ -308,7 +308,7 @@ class TextTower(nn.Module):
         """-> pooled states (B, W) after the alignment layers, and as the language model gave them."""
         if not isinstance(text, list) or len(text) < 2 * LENGTH_GROUPS:
             return self.pooled(text)
-        # Captions of like length together: a batch padded to its longest caption is nearly half padding.
+        # Captions of like length together, so that few are padded to the length of the batch's longest.
         order = sorted(range(len(text)), key=lambda i: len(text[i]))
         size = -(-len(text) // LENGTH_GROUPS)
         groups = [self.pooled([text[i] for i in order[first:first + size]]) for first in range(0, len(text), size)]
@@ -626,8 +626,8 @@ def best_precision() -> str:
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
 
-def pair_flops(model: ParaCLIP, tokens: int) -> float:
-    """Floating-point operations of one pair in one step, its caption padded to `tokens`.
+def pair_flops(model: ParaCLIP, tokens: float) -> float:
+    """Floating-point operations of one pair in one step, its caption `tokens` long: padding is work, not useful work.
 
     Forward: 2 a weight and token, and attention's two products; backward twice that. A frozen language model has no
     backward pass, and none at all where its states are remembered.
@@ -762,7 +762,7 @@ def train(cfg: Config):
                        "skipped": dict(skipped)}  # of this rank; the checkpoint has the sum
                 name = torch.cuda.get_device_name() if device.type == "cuda" else ""
                 if peak := next((peak for key, peak in PEAKS.items() if key in name), 0):
-                    tokens = model.tokenize(captions)["input_ids"].shape[1]
+                    tokens = model.tokenize(captions)["attention_mask"].sum().item() / len(captions)
                     row["mfu"] = round(rate * pair_flops(model, tokens) / (peak * world), 4)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
@@ -811,7 +811,7 @@ def bench(cfg: Config, repeats: int = 7):
     rows = {"loader alone": (seconds(lambda: next(batches)), 0)}
     images, captions, _ = next(batches)
     images = images.to(device)
-    tokens = model.tokenize(captions)["input_ids"].shape[1]
+    tokens = model.tokenize(captions)["attention_mask"].sum().item() / len(captions)
     both, none = pair_flops(model, tokens), pair_flops(model, 0)
     rows["image tower"] = seconds(lambda: model.encode_image(images).sum().backward()), none
     rows["text tower"] = seconds(lambda: model.encode_text(captions).sum().backward()), both - none
@@ -841,7 +841,7 @@ def bench(cfg: Config, repeats: int = 7):
         part = report[name.replace(" ", "_")]
         print0(f"{name:14}{part['images_per_s']:10.0f}{part['ms']:10.1f}{part['tflops']:10.3f}{part['mfu']:8.1%}")
     print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, peak "
-           f"memory {memory / 1e9:.2f} GB, captions of {tokens} tokens, {report['device']} x {world}, {cfg.precision}")
+           f"memory {memory / 1e9:.2f} GB, captions of {tokens:.1f} tokens, {report['device']} x {world}, {cfg.precision}")
     print0(json.dumps(report))
 
 
