@@ -840,8 +840,8 @@ def bench(cfg: Config, repeats: int = 7):
     for name in rows:
         part = report[name.replace(" ", "_")]
         print0(f"{name:14}{part['images_per_s']:10.0f}{part['ms']:10.1f}{part['tflops']:10.3f}{part['mfu']:8.1%}")
-    print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, peak "
-           f"memory {memory / 1e9:.2f} GB, captions of {tokens:.1f} tokens, {report['device']} x {world}, {cfg.precision}")
+    print0(f"matrix product {matrix_rate / 1e12:.3f} TFLOP/s, data wait {report['data_wait']:.1%} of a step, "
+           f"peak {memory / 1e9:.2f} GB, {tokens:.1f} tokens a caption, {report['device']} x {world}, {cfg.precision}")
     print0(json.dumps(report))
 
 
