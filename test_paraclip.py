@@ -34,6 +34,7 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoModel, AutoProcessor, BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel,
                           CLIPProcessor, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel,
                           SiglipProcessor)
@@ -385,6 +386,32 @@ def test_decoding_turns_by_exif_lays_transparency_on_white_and_keeps_16_bit_grey
     out = io.BytesIO()
     Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(out, "PNG")
     assert (decode_image(out.getvalue()) == 128).all()  # half of the range, not clipped to white
+
+
+def test_the_size_of_a_jpeg_is_that_of_pillow_or_left_to_it():
+    for kind, mode, size in (("JPEG", "RGB", (17, 33)), ("JPEG", "L", (300, 2)), ("JPEG", "CMYK", (5, 700))):
+        for options in ({}, {"progressive": True}, {"comment": b"\xff\xc0" * 40}, {"dpi": (72, 72)}):
+            out = io.BytesIO()
+            Image.new(mode, size).save(out, kind, **options)
+            assert data.jpeg_size(out.getvalue()) == size[::-1]
+    assert data.jpeg_size(exif_rotated()) is None  # whoever decodes it must turn it
+    for length in range(2, 60):
+        assert data.jpeg_size(picture(0)[:length]) is None  # the frame header comes after the tables
+
+
+def test_a_random_crop_is_one_box_of_the_picture_with_the_share_and_shape_it_promises():
+    ramp = torch.stack([torch.arange(200).expand(100, 200), torch.arange(100)[:, None].expand(100, 200),
+                        torch.zeros(100, 200)]).to(torch.uint8)  # red tells the column, green the row
+    rng, shares, ratios = np.random.default_rng(0), [], []
+    for _ in range(300):
+        crop = data.random_crop(ramp, 32, 0.3, rng).double()
+        assert crop.shape == (3, 32, 32) and (crop[0] == crop[0, :1]).all() and (crop[1] == crop[1, :, :1]).all()
+        w, h = ((crop[i].max() - crop[i].min()).item() * 32 / 31 for i in (0, 1))
+        shares.append(w * h / 20_000)
+        ratios.append(w / h)
+        assert 0 <= crop[0, 0, 0] and crop[0].max() <= 199 and crop[1].max() <= 99
+    assert 0.28 < min(shares) < 0.35 and 0.7 < max(shares) < 0.82  # of 2:1 no box of these shapes takes more
+    assert 0.70 < min(ratios) < 0.80 and 1.3 < max(ratios) < 1.64  # the widest are cut off at its height
 
 
 def test_the_index_takes_24_bytes_a_sample_and_is_rebuilt_when_a_shard_changes(tmp_path):
@@ -783,6 +810,41 @@ def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write into the run folder"):
         paraclip.train(paraclip.dataclasses.replace(cfg, out=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("text", ["finetune", "frozen", "align"])
+def test_flops_of_a_pair_are_those_that_pytorch_counts(lm, text):
+    """Up to the projections, and the gradient of the pixels and of the frozen states, which nobody needs."""
+    model, (images, captions) = build(lm, text=text, image_size=64, width=64), batch(6)
+    captions = [captions[0]] * 6  # no padding
+    tokens = model.tokenize(captions)["attention_mask"].sum().item() / 6
+    images = F.interpolate(images.float(), 64) / 255
+    for expected, encode in ((paraclip.pair_flops(model, 0), lambda: model.encode_image(images)),
+                             (paraclip.pair_flops(model, tokens) - paraclip.pair_flops(model, 0),
+                              lambda: model.encode_text(captions))):
+        with FlopCounterMode(display=False) as counter:
+            encode().sum().backward()
+        assert 6 * expected == pytest.approx(counter.get_total_flops(), rel=0.08)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bench_ends_in_one_line_of_consistent_figures_and_writes_nothing(lm, tmp_path, capsys, world):
+    args = [*flags(**TINY | dict(data=shards(tmp_path / "s", [64]), lm=lm, workers=world - 1, out=tmp_path / "run")),
+            "--bench"]
+    if world == 1:
+        call(paraclip, *args)
+    output = capsys.readouterr().out if world == 1 else finish(start(HERE / "paraclip.py", *args, nproc=world))
+    report = json.loads(output.splitlines()[-1])
+    assert (report["world"], report["batch_size"], report["precision"]) == (world, TINY["batch_size"], "fp32")
+    for part in ("loader_alone", "image_tower", "text_tower", "whole_step"):
+        row = report[part]
+        assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx(TINY["batch_size"])
+        assert row["mfu"] == pytest.approx(row["tflops"] / report["matrix_tflops"])
+        assert (row["tflops"] > 0) == (part != "loader_alone")
+    flops = {part: report[part]["tflops"] * report[part]["ms"] for part in ("image_tower", "text_tower", "whole_step")}
+    assert flops["whole_step"] == pytest.approx(flops["image_tower"] + flops["text_tower"])
+    assert report["whole_step"]["ms"] > report["image_tower"]["ms"] and 0 <= report["data_wait"] < 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch, capsys):
