@@ -9,16 +9,14 @@ on top, trained with CLIP's contrastive loss. The paper's other ways to use the 
     torchrun --nproc_per_node 8 paraclip.py --data cc12m          # one node, the whole CC12M recipe
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 paraclip.py --data cc12m
 
-The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out: on the emoji
-scenes the rankings of a query and its paraphrase overlap by AO@10 = 19 % with align and 11 % with scratch, at equal
-recall (README.md: commands, intervals, machine; four and nine minutes on two CPU cores).
+The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out; README.md has the
+table of all strategies with its commands, seeds and machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -232,7 +230,8 @@ def masked_mean(states, mask):
     return (states.float() * mask).sum(1) / mask.sum(1)
 
 
-LENGTH_GROUPS = 4  # a long batch of captions is run in this many parts
+LENGTH_GROUPS = 4  # a batch of captions is run in this many parts,
+MIN_GROUP = 64  # each of at least so many: smaller matrix products are slow
 MAX_TOKENS = 77  # CLIP's context length; captions are padded only to the longest of their batch
 CACHE_BYTES = 2 << 30  # frozen token states are kept if they fit in this
 
@@ -308,11 +307,11 @@ class TextTower(nn.Module):
 
     def forward(self, text):
         """-> pooled states (B, W) after the alignment layers, and as the language model gave them."""
-        if not isinstance(text, list) or len(text) < 2 * LENGTH_GROUPS:
+        if not isinstance(text, list) or len(text) <= MIN_GROUP:
             return self.pooled(text)
         # Captions of like length together, so that few are padded to the length of the batch's longest.
         order = sorted(range(len(text)), key=lambda i: len(text[i]))
-        size = -(-len(text) // LENGTH_GROUPS)
+        size = max(MIN_GROUP, -(-len(text) // LENGTH_GROUPS))
         groups = [self.pooled([text[i] for i in order[first:first + size]]) for first in range(0, len(text), size)]
         back = torch.tensor(order).argsort().to(groups[0][0].device)
         return tuple(torch.cat(parts)[back] for parts in zip(*groups))
@@ -573,15 +572,6 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
-
-
-def keep_memory():
-    """Lets glibc keep freed memory. It would give it back, and every step would have gigabytes mapped and zeroed anew:
-    a tenth of a step on the CPU."""
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that it takes
 
 
 def everywhere(value) -> list:
@@ -864,7 +854,6 @@ def main(argv=None):
     cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
                               precision=cfg.precision or best_precision(),
                               steps=cfg.steps or (0 if cfg.epochs else DEFAULT_STEPS))
-    keep_memory()
     try:
         bench(cfg) if cfg.bench else train(cfg)
     finally:

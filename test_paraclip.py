@@ -402,7 +402,7 @@ def test_the_size_of_a_jpeg_is_that_of_pillow_or_left_to_it():
 def test_a_random_crop_is_one_box_of_the_picture_with_the_share_and_shape_it_promises():
     ramp = torch.stack([torch.arange(200).expand(100, 200), torch.arange(100)[:, None].expand(100, 200),
                         torch.zeros(100, 200)]).to(torch.uint8)  # red tells the column, green the row
-    rng, shares, ratios = np.random.default_rng(0), [], []
+    rng, shares, ratios = random.Random(0), [], []
     for _ in range(300):
         crop = data.random_crop(ramp, 32, 0.3, rng).double()
         assert crop.shape == (3, 32, 32) and (crop[0] == crop[0, :1]).all() and (crop[1] == crop[1, :, :1]).all()
@@ -412,6 +412,8 @@ def test_a_random_crop_is_one_box_of_the_picture_with_the_share_and_shape_it_pro
         assert 0 <= crop[0, 0, 0] and crop[0].max() <= 199 and crop[1].max() <= 99
     assert 0.28 < min(shares) < 0.35 and 0.7 < max(shares) < 0.82  # of 2:1 no box of these shapes takes more
     assert 0.70 < min(ratios) < 0.80 and 1.3 < max(ratios) < 1.64  # the widest are cut off at its height
+    stripes = torch.tensor([0, 255], dtype=torch.uint8).repeat(64).expand(3, 128, 128)
+    assert 100 < data.random_crop(stripes, 16, 0.9, rng).min() <= data.random_crop(stripes, 16, 0.9, rng).max() < 155
 
 
 def test_the_index_takes_24_bytes_a_sample_and_is_rebuilt_when_a_shard_changes(tmp_path):
@@ -592,6 +594,16 @@ def test_a_captions_feature_does_not_depend_on_padding_neighbours_or_cache(lm, t
             assert torch.allclose(model.encode_text([long, short])[1:], alone, atol=1e-6)
     ids = model.tokenize(["a " * 100])["input_ids"]
     assert ids.shape[1] == paraclip.MAX_TOKENS and ids[0, -1] == WORDS.index("[SEP]")  # truncation keeps the end token
+
+
+def test_many_captions_in_groups_of_like_length_come_back_in_their_order(lm):
+    model = build(lm, text="align").eval()
+    captions = ["a " * (7 * i % 31) + f"{WORDS[i % 20]} cat" for i in range(3 * paraclip.MIN_GROUP)]
+    with torch.no_grad():
+        alone = torch.cat([model.encode_text([caption]) for caption in captions])
+        assert torch.allclose(model.encode_text(captions), alone, atol=1e-5)
+        model.text.remember(captions)
+        assert torch.allclose(model.encode_text(captions), alone, atol=1e-5)
 
 
 def test_masked_mean_against_a_loop():
