@@ -993,7 +993,7 @@ def main(argv=None):
 
 def keep_memory():
     """Lets glibc keep freed memory. It would give it back, and every step would have gigabytes mapped and zeroed anew:
-    a tenth of a training step on the CPU, and of what a loader worker does."""
+    a tenth of a training step on the CPU."""
     with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
