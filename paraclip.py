@@ -9,8 +9,8 @@ on top, trained with CLIP's contrastive loss. The paper's other ways to use the 
     torchrun --nproc_per_node 8 paraclip.py --data cc12m          # one node, the whole CC12M recipe
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 paraclip.py --data cc12m
 
-The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out; README.md has the
-table of all strategies with its commands, seeds and machine.
+The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out; README.md has
+the table of all strategies with its commands, seeds and machine.
 """
 
 from __future__ import annotations
