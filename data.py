@@ -689,7 +689,7 @@ class TrainingSet(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         epoch, i = key
-        rng = random.Random(f"{self.seed} {epoch} {i}")  # numpy's generators take ten times as long to seed
+        rng = random.Random(f"{self.seed} {epoch} {i}")  # numpy's generators take twice as long to seed
         failed = None
         for _ in range(REPLACEMENTS):
             try:

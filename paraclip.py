@@ -231,7 +231,7 @@ def masked_mean(states, mask):
 
 
 LENGTH_GROUPS = 4  # a batch of captions is run in this many parts,
-MIN_GROUP = 64  # each of at least so many: smaller matrix products are slow
+MIN_GROUP = 64  # each of at least so many: smaller matrix products are slower
 MAX_TOKENS = 77  # CLIP's context length; captions are padded only to the longest of their batch
 CACHE_BYTES = 2 << 30  # frozen token states are kept if they fit in this
 
