@@ -9,8 +9,9 @@ on top, trained with CLIP's contrastive loss. The paper's other ways to use the 
     torchrun --nproc_per_node 8 paraclip.py --data cc12m          # one node, the whole CC12M recipe
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 paraclip.py --data cc12m
 
-The same command again continues an unfinished run. `python eval_paraphrase.py` measures what came out; README.md has
-the table of all strategies with its commands, seeds and machine.
+The same command again continues an unfinished run; `python eval_paraphrase.py` measures what came out. On the emoji
+scenes, means of three seeds, scratch -> align: AO@10 of a name and one never seen in training 12.6 -> 21.7, recall@10
+54.8 -> 51.7, zero-shot top-1 14.1 -> 27.2, in half the time (README.md: all strategies, commands, spread, machine).
 """
 
 from __future__ import annotations
