@@ -825,6 +825,18 @@ def test_a_full_disk_and_a_non_finite_loss_leave_the_former_checkpoint(lm, tmp_p
         paraclip.train(paraclip.dataclasses.replace(cfg, out=str(tmp_path / "file" / "run")))
 
 
+def test_bf16_only_where_pytorch_says_that_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    for name in names:  # private names of PyTorch: one that has dropped them must not stop every run
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert paraclip.best_precision() == "fp32"
+    for name in names:
+        with monkeypatch.context() as this_one:
+            this_one.setattr(torch.cpu, name, lambda: True, raising=False)
+            assert paraclip.best_precision() == "bf16"
+
+
 @pytest.mark.parametrize("text", ["finetune", "frozen", "align"])
 def test_flops_of_a_pair_are_those_that_pytorch_counts(lm, text):
     """Up to the projections, and the gradient of the pixels and of the frozen states, which nobody needs."""
