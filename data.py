@@ -343,7 +343,7 @@ class ShardIndex:
     """
 
     def __init__(self, data: str, workers: int = 1):
-        pass  # a shard may have been replaced since
+        open_shard.cache_clear()  # a shard may have been replaced since
         self.shards = [str(path.absolute()) for path in find_shards(data)]
         versions = [ENTRY.descr, os.getuid()]
         for path in self.shards:

@@ -1,16 +1,16 @@
-r"""How alike are the pictures that a model finds for a query and for its paraphrase?
+"""How alike are the pictures that a model finds for a query and for its paraphrase?
 
 AO@k and JS@k of "Adapting Dual-encoder Vision-language Models for Paraphrased Retrieval"
 (arXiv 2405.03190), with retrieval, zero-shot and text-only measurements beside them:
 
     python eval_paraphrase.py                   # runs/emoji-align on the emoji benchmark
     python eval_paraphrase.py MODEL... --pairs pairs.jsonl --images coco/val2017
-    python eval_paraphrase.py MODEL --captions captions_val2017.json --images coco/val2017 \
-        --zeroshot imagenet:ROOT --sts sts-dev.csv --triplets replace_att.json
+    python eval_paraphrase.py MODEL --captions captions.json --images coco/val2017
+    python eval_paraphrase.py MODEL --zeroshot imagenet:ROOT --sts sts-dev.csv
     python eval_paraphrase.py MODEL OTHER --images DIR --query "a dog" --paraphrase "a hound"
 
-MODEL is a checkpoint, a run folder, or the name or folder of a Hugging Face model with an image
-and a text tower. Below the tables, the last line is the same as a JSON list.
+MODEL is a checkpoint, a run folder, or the name or folder of a Hugging Face model with two
+towers. Below the tables, the last line is the same as a JSON list.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch
 from scipy import stats
 from torch.nn.functional import normalize
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, logging
 
 import data
 from data import UserError, flag
@@ -46,7 +46,7 @@ class EvalConfig:
     triplets: list[str] = flag([], "SugarCrepe++ files, with or without --images")
     sts: str = flag("", "CSV or TSV of sentence1, sentence2, score")
     benchmark: str = flag("emoji", "its name in $PARACLIP_DATA, or its whole path")
-    split: str = flag("test", "its part, val for choices", choices=("test", "val"))
+    split: str = flag("test", "test, or val for choices", choices=("test", "val"))
     images: str = flag("", "folder of pictures or shards to search in")
     classnames: str = flag("", "class names, one a line, in the folders' order")
     templates: str = flag("", "prompts, one a line, with {} for the class name")
@@ -55,9 +55,9 @@ class EvalConfig:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the towers run")
     precision: str = flag("fp32", "of the towers", choices=("fp32", "bf16"))
     batch_size: int = flag(64, "pictures or texts at once", at_least=1)
-    workers: int = flag(2, "processes that decode pictures", at_least=0)
+    workers: int = flag(2, "decoding processes", at_least=0)
     json: str = flag("", "file for the list that ends the output")
-    figure: str = flag("", "PNG of the pictures found for one pair")
+    figure: str = flag("", "PNG of what one pair finds")
 
     def __post_init__(self):
         data.check_ranges(self)
@@ -129,7 +129,7 @@ def unit_grid(features) -> torch.Tensor:
 
     A product of two such numbers is a multiple of 2^-48, and no partial sum of a dot product of
     unit vectors leaves fp64's 53 bits: similarities are exact, the same for any chunk size, thread
-    count and device. In fp32 they depend on the place in the matrix, and equal features may differ.
+    count and device. In fp32 they depend on the place in the matrix.
     """
     features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
     return torch.round(normalize(features, dim=-1) * GRID) / GRID
@@ -203,7 +203,8 @@ def bootstrap_ci(values, seed: int = 0) -> tuple[float, float]:
 # A model has preprocess(picture of Pillow), encode_image(batch of those), encode_text(list of str).
 @contextlib.contextmanager
 def refusing(name: str):
-    """What a broken folder or no network make transformers raise, told in one line."""
+    """What a broken folder or no network makes transformers raise, in one line."""
+    logging.set_verbosity_error()  # no pages of warnings
     try:
         yield dict(trust_remote_code=False)  # if unset, it would ask whether to run foreign code
     except Exception as error:
@@ -228,16 +229,16 @@ class HuggingFaceCLIP(torch.nn.Module):
             self.tokenizer, config = processor.tokenizer, self.model.config
             config = getattr(config, "text_config", config)
             self.length = min(self.tokenizer.model_max_length, config.max_position_embeddings)
-            if loading["missing_keys"]:  # random numbers would stand in their place
+            if loading["missing_keys"]:  # random numbers would stand in
                 raise ValueError(f"weights are missing, such as {min(loading['missing_keys'])}")
             # Without its files it may load with a handful of tokens, all words alike.
-            size = len(self.tokenizer)
-            if not 0.5 <= size / config.vocab_size <= 1.01:
-                raise ValueError(f"tokenizer of {size} tokens for a tower of {config.vocab_size}")
+            tokens, places = len(self.tokenizer), config.vocab_size
+            if not 0.5 <= tokens / places <= 1.01:
+                raise ValueError(f"tokenizer of {tokens} tokens for a tower of {places}")
         self.model.float()  # some are stored in fp16
-        siglip = config.model_type.startswith("siglip")  # trained on full length, unmasked
-        self.padding = {"padding": "max_length" if siglip else True,
-                        "return_attention_mask": not siglip}
+        self.padding = {"padding": True}
+        if config.model_type.startswith("siglip"):  # trained on full length, unmasked
+            self.padding = {"padding": "max_length", "return_attention_mask": False}
 
     def encode_image(self, batch):  # of one picture each: (B, 1, 3, H, W)
         return self.features(0, {name: tensor.flatten(0, 1) for name, tensor in batch.items()})
@@ -255,8 +256,7 @@ class HuggingFaceCLIP(torch.nn.Module):
 
 @torch.inference_mode()
 def embed(encode, batch) -> torch.Tensor:
-    """Features (B, E) of one batch, fp32 on the CPU, where rankings are made."""
-    features = encode(batch).float().cpu()
+    features = encode(batch).float().cpu()  # (B, E), there rankings are made
     if features.ndim != 2 or not features.isfinite().all():
         raise UserError("the model does not give a vector of finite numbers for each input")
     return features
@@ -287,7 +287,7 @@ def embed_pictures(model, gallery: dict, cfg: EvalConfig) -> tuple[dict[str, int
         print(f"skipped {len(skipped)} of {len(names)} pictures: {listed}", file=sys.stderr)
     if not kept:
         raise UserError(f"none of the {len(names)} pictures can be read, such as {names[0]}")
-    # Short names that two pictures share stay unclear even where one of them is left out.
+    # a short name that two pictures share stays unclear even if one is left out
     place = {index: row for row, index in enumerate(kept)}
     rows = {name: place[i] for name, i in data.rows_by_name(names).items() if i in place}
     return rows, torch.cat(features)
@@ -307,7 +307,7 @@ def images_of(record: dict) -> list[str]:
 
 
 def unrelated(pairs: list[dict], seed: int) -> np.ndarray:
-    """For each pair the index of another, which shares no text or picture with it where possible.
+    """For each pair the index of another that shares no text or picture with it, if possible.
 
     A model that returns the same pictures for everything would reach 1 here, too.
     """
@@ -366,7 +366,7 @@ def measure_pairs(pairs, split, model, pictures, cfg) -> dict:
         own = [correct[i] for i in known]
         if any(images_of(pairs[i]) for i in chosen):
             found["recall_pairs"] = len(known)
-        prefixes = ["query_" if cfg.captions else "", "paraphrase_"]  # "recall" is of --captions
+        prefixes = ["query_" if cfg.captions else "", "paraphrase_"]  # "recall": captions'
         for prefix, lists, texts in zip(prefixes, ranked[:, known], features[:, known]):
             found |= retrieval(prefix, lists, texts, image_features, own)
         return found
@@ -457,7 +457,7 @@ def read_tasks(cfg: EvalConfig) -> list[tuple[dict, partial]]:
     templates = data.read_templates(cfg.templates) if cfg.templates else TEMPLATES
     if not (cfg.images or triplets or sts or labels):
         if cfg.benchmark == "emoji":
-            data.find_shards("emoji")  # draws it where it is not there yet
+            data.find_shards("emoji")  # draws it the first time
         split, folder = cfg.split, data.data_folder(cfg.benchmark)
         gallery, pairs, classes, labels = data.read_benchmark(folder / split)
         labelled = gallery
@@ -559,7 +559,7 @@ def main(argv=None):
         if len(reports) == 1:
             base, base_seen = values, seen
         elif seen == base_seen:
-            # query by query: the paired bootstrap is sharper than a look at two intervals
+            # query by query, which is sharper than a look at two intervals
             reports[-1]["diff"] = summarise(values, cfg.seed, base)
             results.append((f"  minus {models[0]}", reports[-1]["diff"]))
         else:

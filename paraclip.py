@@ -62,7 +62,6 @@ class Config:
                      choices=("scratch", "finetune", "frozen", "align"))
     lm: str = flag(MINILM, "language model: Hugging Face name or folder of an encoder")
     align_layers: int = flag(1, "transformer layers on the frozen token states", at_least=1)
-    remember: bool = flag(True, "compute frozen token states once, if memory holds all of them")
     geometry: float = flag(0.0, "weight of geometry_loss, which is not the paper's", at_least=0)
     # image tower
     image_size: int = flag(64, "pixels a side", at_least=1)
@@ -79,9 +78,8 @@ class Config:
     accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
     optimizer: str = flag("muon", "of the towers' matrices; AdamW has the rest, or all",
                           choices=("muon", "adamw"))
-    muon_lr: float = flag(1e-2, "peak learning rate of Muon", above=0)
-    lr: float = flag(1e-3, "peak learning rate of AdamW", above=0)
-    lm_lr: float = flag(0.3, "a trained language model's, as a share of the two", above=0)
+    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0)
+    lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0)
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
@@ -98,11 +96,11 @@ class Config:
 # Defaults of a whole run; those above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it
 # (arXiv 2112.12750).
 RECIPES = {"emoji": {}, "cc12m": dict(
-    lm="roberta-base", align_layers=2, remember=False, image_size=224, patch_size=16, stem="patch",
+    lm="roberta-base", align_layers=2, image_size=224, patch_size=16, stem="patch",
     width=768, depth=12, heads=12, embed_dim=512, epochs=35.0, batch_size=4096, optimizer="adamw",
     lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000, crop=0.5, workers=6, save_every=2000)}
 # Fields that may change when a run is continued: they move results by rounding at most.
-FREE = ("recipe", "out", "workers", "remember", "accum", "compile", "save_every")
+FREE = ("recipe", "out", "workers", "accum", "compile", "save_every")
 
 
 # ---- image tower ---------------------------------------------------------------------------------
@@ -457,6 +455,9 @@ def backward(model, cfg: Config, micro_batches):
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
+MUON_LR = 10  # Muon's learning rate is so many times AdamW's
+
+
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     """AdamW for the weights that train, and Muon for the towers' matrices if --optimizer says so.
 
@@ -472,16 +473,16 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
         if p.requires_grad:
             muon = cfg.optimizer == "muon" and id(p) in inner
             groups.setdefault((muon, p.ndim in (2, 4), id(p) in trained_lm), []).append(p)
-    muon, adamw = [], []
+    adamw, muon = [], []
     for (is_muon, is_matrix, is_lm), params in groups.items():
-        lr = (cfg.muon_lr if is_muon else cfg.lr) * (cfg.lm_lr if is_lm else 1)
-        (muon if is_muon else adamw).append(dict(
-            params=params, lr=lr, peak_lr=lr, weight_decay=cfg.weight_decay if is_matrix else 0.0))
-    adamw = torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    if not muon:
-        return [adamw]
-    from benchmark.laptop import Muon  # here: the published recipes do without
-    return [adamw, Muon(muon, torch.bfloat16 if cfg.precision == "bf16" else torch.float32)]
+        lr = cfg.lr * (MUON_LR if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
+        group = dict(params=params, lr=lr, peak_lr=lr, weight_decay=cfg.weight_decay * is_matrix)
+        (muon if is_muon else adamw).append(group)
+    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-6, fused=True)]
+    if muon:
+        from benchmark.laptop import Muon  # here: the published recipes do without
+        optimizers.append(Muon(muon, torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
+    return optimizers
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -631,7 +632,7 @@ def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, st
     """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
     rank, ranks = rank_and_ranks()
     tokenize = model.tokenize
-    if cfg.remember and model.text_tower.frozen:
+    with contextlib.suppress(ImportError):  # a copy of the three files does without
         from benchmark.laptop import remember_states
         tokenize = remember_states(model, index) or tokenize
     yield from training_loader(

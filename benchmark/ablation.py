@@ -24,16 +24,15 @@ import data
 from benchmark.where_lost import text_columns, where_lost
 from data import UserError, flag
 
-ROWS = {"scratch": ["--text", "scratch"], "finetune": ["--text", "finetune"],
-        "frozen": ["--text", "frozen"], "align": ["--text", "align"],
-        "geometry": ["--text", "align", "--geometry", "1"]}
+ROWS = {text: ["--text", text] for text in ("scratch", "finetune", "frozen", "align")}
+ROWS["geometry"] = ["--text", "align", "--geometry", "1"]
 
 
 @dataclass
 class AblationConfig:
     rows: list[str] = flag(list(ROWS), "some of them")
     seeds: list[str] = flag(["0", "1", "2"], "of the trainings")
-    data: str = flag("emoji", "emoji, or a folder with train/ and, to measure on, test/ and val/")
+    data: str = flag("emoji", "a folder in $PARACLIP_DATA, or its whole path: train/, test/, val/")
     split: str = flag("test", "to measure on, val for choices", choices=("test", "val"))
     sts: str = flag("", "file for eval_paraphrase.py")
     triplets: list[str] = flag([], "files for eval_paraphrase.py")
@@ -53,13 +52,14 @@ class AblationConfig:
 
 # ---- train and measure ---------------------------------------------------------------------------
 def python(program: str, *argv):
-    """Runs a program of this repository, its output on our stderr. UserError if it fails."""
-    argv = [str(part) for part in argv]
-    print("$ python", program, *argv, file=sys.stderr, flush=True)
-    command = [sys.executable, Path(__file__).parents[1] / program, *argv]
-    if status := subprocess.run(command, stdout=2).returncode:
-        raise UserError(f"{program} {' '.join(argv)} ended in status {status}; once that is mended "
-                        "the same command goes on from here")
+    """Runs a program of this repository; of its output stderr is shown. UserError if it fails."""
+    command = " ".join(map(str, ["python", program, *argv]))
+    print(f"$ {command}\n", end="", file=sys.stderr, flush=True)
+    path = Path(__file__).parents[1] / program
+    ended = subprocess.run([sys.executable, path, *argv], stdout=subprocess.DEVNULL)
+    if ended.returncode:
+        raise UserError(f"`{command}` ended in status {ended.returncode}; when that is mended, the "
+                        "same command goes on from here")
 
 
 def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
@@ -68,16 +68,17 @@ def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
     texts = ["--sts", cfg.sts] if cfg.sts else []
     texts += ["--triplets", *cfg.triplets] if cfg.triplets else []
     if texts:
-        found["-".join(Path(part).stem for part in texts).strip("-")] = texts
+        stems = [Path(file).stem for file in (cfg.sts, *cfg.triplets) if file]
+        found["-".join(["texts", *stems])] = texts
     return found
 
 
 def train_and_measure(cfg: AblationConfig, extra: list[str], row: str, seed: str, steps: int):
     """The run folder, finished and with its measurements. steps: 0 for what `extra` says."""
     run = Path(cfg.out, f"{row}-{seed}-{steps}" if steps else f"{row}-{seed}")
-    shards = cfg.data if cfg.data == "emoji" else f"{cfg.data}/train"
+    shards = cfg.data if cfg.data == "emoji" else data.data_folder(cfg.data) / "train"
     python("paraclip.py", "--data", shards, *ROWS[row], "--seed", seed, "--out", run, *extra,
-           *(["--steps", steps] if steps else []))
+           *(["--steps", str(steps)] if steps else []))
     for name, flags in measurements(cfg).items():
         file, trained = run / f"{name}.json", (run / "model.pt").stat().st_mtime
         if not file.exists() or file.stat().st_mtime < trained:
@@ -97,8 +98,7 @@ def complete(cfg: AblationConfig, extra: list[str], steps: dict) -> dict[str, li
             os.sched_setaffinity(0, {cores.pop()})
 
     todo = [(row, seed, steps.get(row, 0)) for seed in cfg.seeds for row in cfg.rows]
-    # A single job has its thread as well: Ctrl-C ends the map, which then begins nothing more, and
-    # leaves the training, which gets it too, the time to write its checkpoint.
+    # A thread even for one job: Ctrl-C ends the map; trainings, which get it too, save and stop.
     with ThreadPoolExecutor(cfg.jobs, initializer=pin) as pool:
         done = list(pool.map(lambda run: train_and_measure(cfg, extra, *run), todo))
     return {row: done[i::len(cfg.rows)] for i, row in enumerate(cfg.rows)}
@@ -120,7 +120,7 @@ def training_seconds(runs: list[Path]) -> float:
 def steps_within(seconds: float, runs: list[Path]) -> int:
     """Steps that fit into these seconds, to the nearest ten, at the rate of these runs."""
     rate = statistics.median(steps_and_rate(run)[1] for run in runs)
-    return max(10, round(seconds * rate, -1))
+    return 10 * max(1, round(seconds * rate / 10))
 
 
 def columns(cfg: AblationConfig, run: Path) -> dict[str, float]:
@@ -152,14 +152,14 @@ def average(found: list[dict[str, float]]) -> dict[str, dict]:
 
 
 def print_table(title: str, table: dict[str, dict], names: list[str]):
+    def cell(name, mean, sd, values):
+        digits = 0 if name in ("training, s", "weights trained", "steps") else 1
+        return f"{mean:,.{digits}f}" + (f" ±{sd:,.{digits}f}" if sd else "")
+
     print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
     for row, found in table.items():
-        cells = [row]
-        for part in map(found.get, names):
-            digits = 1 if part and part["mean"] <= 100 else 0
-            spread = f" ±{part['sd']:.{digits}f}" if part and part["sd"] else ""
-            cells.append(f"{part['mean']:,.{digits}f}{spread}" if part else "")
-        print(f"| {' | '.join(cells)} |")
+        cells = [cell(name, **found[name]) if name in found else "" for name in names]
+        print(f"| {' | '.join([row, *cells])} |")
 
 
 def split_argv(argv) -> tuple[list[str], list[str]]:

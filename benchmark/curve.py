@@ -1,6 +1,6 @@
 """The plot assets/curve.png: name AO@10 against R@10, a line a way to use the language model.
 
-    python -m benchmark.curve                # flags as benchmark.ablation has them, -- too
+    python -m benchmark.curve                # what stands after -- goes to every training
 
 A line's points are trainings of 1/8, 1/4, 1/2 and all of the seconds that align's own run takes:
 separate ones, each with its whole schedule, as one that is cut short has learned at rates meant for
@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.ablation import (AblationConfig, average, columns, complete, split_argv,
-                                steps_within, training_seconds)
-from data import UserError, flag, parse_config, replacing, run
+from benchmark.ablation import (ROWS, average, columns, complete, split_argv, steps_within,
+                                training_seconds)
+from data import UserError, check_ranges, flag, parse_config, replacing, run
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)  # of align's time
 # Okabe and Ito's palette: told apart by colour-blind readers as well.
@@ -22,14 +22,21 @@ COLOURS = {"scratch": "#000000", "finetune": "#D55E00", "frozen": "#009E73", "al
 
 
 @dataclass
-class CurveConfig(AblationConfig):
+class CurveConfig:  # of benchmark.ablation's flags those that matter here
+    rows: list[str] = flag(list(ROWS), "align and others")
     seeds: list[str] = flag(["0"], "of the trainings; a point is their mean")
+    data: str = flag("emoji", "a folder in $PARACLIP_DATA, or its whole path: train/, test/, val/")
+    split: str = flag("test", "to measure on, val for choices", choices=("test", "val"))
+    out: str = flag("runs/ablation", "folder of the run folders")
+    jobs: int = flag(1, "trainings at once, each on a core of its own", at_least=1)
     figure: str = flag("assets/curve.png", "file of the plot")
+    sts, triplets = "", ()  # none
 
     def __post_init__(self):
-        super().__post_init__()
-        if "align" not in self.rows:
-            raise UserError("--rows needs align: its time is the others' measure")
+        check_ranges(self)
+        if not {"align"} <= set(self.rows) <= set(ROWS):
+            raise UserError(f"--rows {' '.join(self.rows)}: expected align, whose time is the "
+                            f"others' measure, and some of {' '.join(ROWS)}")
 
 
 def draw(path, lines: dict[str, list[tuple]], labels: tuple[str, str], seconds: float):
@@ -49,7 +56,7 @@ def draw(path, lines: dict[str, list[tuple]], labels: tuple[str, str], seconds: 
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
     times = ", ".join(f"{share * seconds:.0f}" for share in SHARES)
-    axes.set_title(f"dots from small to large: trained for {times} seconds", fontsize=9, loc="left")
+    axes.set_title(f"dots from small to large: {times} seconds of training", fontsize=9, loc="left")
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=160)
 

@@ -97,7 +97,7 @@ def pair_flops(model, micro_batches, most: int = 32) -> tuple[float, float]:
 
 # ---- the measurement -----------------------------------------------------------------------------
 def measure(cfg: SpeedConfig) -> dict:
-    """The report on one configuration, the same on every rank. Raises UserError."""
+    """The report on one configuration. Captions are this rank's, times the slowest one's."""
     index = ShardIndex(cfg.data, cfg.workers)
     _, ranks, device = setup_distributed()
     if cfg.batch_size % (ranks * cfg.accum) or cfg.batch_size > len(index):
