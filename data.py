@@ -80,7 +80,8 @@ def run(program):
         message = f"error: {' '.join(message.split())}"
     # Under torchrun all ranks may fail alike, or only one. The first speaks at once; the others
     # wait, and torchrun ends them meanwhile if one before them has failed, too.
-    time.sleep(int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    time.sleep(local_rank and 3 + local_rank)
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -351,38 +352,39 @@ class ShardIndex:
             with contextlib.suppress(OSError):  # the last of the times changes by a move, too
                 status = os.stat(path)
                 versions += status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        folder = os.environ.get("PARACLIP_CACHE") or os.path.expanduser("~/.cache/paraclip")
+        folder = os.path.expanduser(os.environ.get("PARACLIP_CACHE") or "~/.cache/paraclip")
         if folder.startswith("~"):
             raise UserError("no home folder to keep the index of shards in: set PARACLIP_CACHE")
         os.makedirs(folder, exist_ok=True)
         stem = f"{folder}/{hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:24]}"
-        self.rows_file = f"{stem}.rows"
         with FileLock(f"{stem}.lock"):  # of processes that start together one builds it
             summary = None
             with contextlib.suppress(Exception):  # not there, or damaged in whatever way
                 kept = json.loads(Path(f"{stem}.json").read_bytes())
-                summary = kept if kept["fingerprint"] == self._hash(kept) else None
+                rows_file = f"{stem}.{kept['fingerprint'][:12]}.rows"
+                summary = kept if kept["fingerprint"] == self._hash(kept, rows_file) else None
             if summary is None:
-                summary = self._build(workers, f"{stem}.json")
+                summary = self._build(workers, stem)
         self.skipped, self.extensions = summary["skipped"], summary["extensions"]
         self.starts = np.cumsum([0] + summary["counts"])  # first sample of each shard, and the end
         self.fingerprint = summary["fingerprint"]
+        self.rows_file = f"{stem}.{self.fingerprint[:12]}.rows"
         if not len(self):
             raise UserError(
                 f"no usable sample in the {len(self.shards)} shards of '{data}': a sample is "
                 "KEY.jpg, .jpeg, .png or .webp and KEY.txt, or KEY.json with \"caption\"; "
                 f"skipped: {self.skipped}; members seen: {self.extensions or 'none'}")
 
-    def _hash(self, summary: dict) -> str:
+    def _hash(self, summary: dict, rows_file: str) -> str:
         facts = [summary[name] for name in ("counts", "skipped", "extensions")]
         digest = hashlib.sha256(json.dumps(facts).encode())
-        if os.path.getsize(self.rows_file):
-            digest.update(np.memmap(self.rows_file, np.uint8, mode="r"))
+        if os.path.getsize(rows_file):
+            digest.update(np.memmap(rows_file, np.uint8, mode="r"))
         return digest.hexdigest()
 
-    def _build(self, workers: int, summary_file: str) -> dict:
+    def _build(self, workers: int, stem: str) -> dict:
         counts, skipped, extensions = [], Counter(), Counter()
-        with contextlib.ExitStack() as stack, replacing(self.rows_file) as file:
+        with contextlib.ExitStack() as stack, replacing(f"{stem}.rows") as file:
             indexed = map(index_shard, self.shards)
             if workers > 1:
                 pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
@@ -395,9 +397,11 @@ class ShardIndex:
                 extensions += seen
         summary = {"counts": counts, "skipped": dict(skipped),
                    "extensions": dict(extensions.most_common(20))}
-        summary["fingerprint"] = self._hash(summary)
+        fingerprint = summary["fingerprint"] = self._hash(summary, f"{stem}.rows")
+        # Named by its content: whoever reads an index that was built before this one keeps it
+        os.replace(f"{stem}.rows", f"{stem}.{fingerprint[:12]}.rows")
         if skipped["unreadable shard"] == sum(not os.path.exists(path) for path in self.shards):
-            with replacing(summary_file) as file:  # else a passing fault would be remembered
+            with replacing(f"{stem}.json") as file:  # else a passing fault would be remembered
                 file.write(json.dumps(summary).encode())
         return summary
 

@@ -369,7 +369,7 @@ def test_a_passing_fault_of_a_disk_is_not_remembered(tmp_path, monkeypatch):
     folder, good = shards(tmp_path / "s", [3, 3]), os.pread
 
     def failing(descriptor, *span):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("1.tar"):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("0.tar"):
             raise OSError(5, "Input/output error")
         return good(descriptor, *span)
     monkeypatch.setattr(os, "pread", failing)
@@ -377,6 +377,7 @@ def test_a_passing_fault_of_a_disk_is_not_remembered(tmp_path, monkeypatch):
     assert len(index) == 3 and index.skipped == {"unreadable shard": 4}
     monkeypatch.setattr(os, "pread", good)
     assert len(ShardIndex(folder)) == 6 and not ShardIndex(folder).skipped
+    assert index.caption(2) == sentence(5)  # a process that still has the former one reads right
 
 
 # ---- data: pictures ------------------------------------------------------------------------------
@@ -980,34 +981,6 @@ def test_schedule_and_the_optimizers_shares(lm):
             group, = (g for g in groups if any(p is q for q in g["params"]))
             assert group["peak_lr"] == pytest.approx(facts[column]), (name, weight)
             assert group["weight_decay"] == facts[2], (name, weight)
-
-
-def test_muons_update_is_the_nearest_orthogonal_matrix_of_nesterovs_momentum():
-    torch.manual_seed(0)
-    start = {shape: torch.randn(shape) for shape in ((6, 10), (10, 6), (4, 3, 2, 2))}
-    weights = {shape: value.clone().requires_grad_() for shape, value in start.items()}
-    twin = torch.nn.Parameter(start[6, 10].clone())  # of the same shape: orthogonalised together
-    muon = laptop.Muon([dict(params=[*weights.values(), twin], lr=0.1, weight_decay=0.5)],
-                         torch.float32)
-    moments = {shape: torch.zeros(shape) for shape in start}
-    for _ in range(2):
-        grads = {shape: torch.randn(shape) for shape in start}
-        for shape, grad in grads.items():
-            weights[shape].grad = grad
-            moments[shape] = 0.95 * moments[shape] + 0.05 * grad
-        twin.grad = torch.randn(6, 10)
-        before = {shape: p.detach().clone() for shape, p in weights.items()}
-        muon.step()
-    for shape, p in weights.items():
-        nesterov = (0.05 * grads[shape] + 0.95 * moments[shape]).flatten(1)
-        u, _, v = torch.linalg.svd(nesterov, full_matrices=False)
-        update = ((1 - 0.1 * 0.5) * before[shape] - p.detach()).flatten(1)
-        update /= 0.1 * 0.2 * max(update.shape) ** 0.5
-        values = torch.linalg.svdvals(update)
-        assert 0.6 < values.min() and values.max() < 1.3  # Newton-Schulz stops near 1
-        assert torch.linalg.norm(u.T @ update @ v.T - torch.diag(values)) < 0.7
-        assert ((u @ v) * update).sum() / values.norm() / len(values) ** 0.5 > 0.95
-    assert not torch.equal(twin, weights[6, 10])
 
 
 def test_sixteen_pairs_are_learnt_by_heart(lm, tmp_path):

@@ -55,11 +55,9 @@ def python(program: str, *argv):
     """Runs a program of this repository; of its output stderr is shown. UserError if it fails."""
     command = " ".join(map(str, ["python", program, *argv]))
     print(f"$ {command}\n", end="", file=sys.stderr, flush=True)
-    path = Path(__file__).parents[1] / program
-    ended = subprocess.run([sys.executable, path, *argv], stdout=subprocess.DEVNULL)
-    if ended.returncode:
-        raise UserError(f"`{command}` ended in status {ended.returncode}; when that is mended, the "
-                        "same command goes on from here")
+    argv = [sys.executable, Path(__file__).parents[1] / program, *argv]
+    if status := subprocess.run(argv, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"`{command}` ended in status {status}")
 
 
 def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
@@ -163,7 +161,7 @@ def print_table(title: str, table: dict[str, dict], names: list[str]):
 
 
 def split_argv(argv) -> tuple[list[str], list[str]]:
-    """What stands before -- and what after it."""
+    """What stands before --, and what after it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     own = argv.index("--") if "--" in argv else len(argv)
     return argv[:own], argv[own + 1:]

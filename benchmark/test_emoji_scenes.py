@@ -183,7 +183,7 @@ def test_same_bytes_in_another_process(tmp_path, records, monkeypatch):
     monkeypatch.setattr(emoji_scenes, "emoji_names", lambda: records[:100])  # less to draw
     emoji_scenes.write_emoji(tmp_path / "here", **SMALL)
     code = ("from pathlib import Path; from benchmark import emoji_scenes; "
-            "records = emoji_scenes.emoji_names()[:100]; emoji_scenes.emoji_names = lambda: records; "
+            "names = emoji_scenes.emoji_names()[:100]; emoji_scenes.emoji_names = lambda: names; "
             f"emoji_scenes.write_emoji(Path({str(tmp_path / 'there')!r}), **{SMALL})")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(data.__file__).parent,
                    env={**os.environ, "PYTHONHASHSEED": "7"})  # sets iterate in another order
