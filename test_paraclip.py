@@ -138,7 +138,6 @@ def train(lm: str, folder: str, out: Path, **fields) -> Path:
     """The run folder of a tiny model trained for a few steps on shards."""
     paraclip.train(Config(**TINY | dict(data=folder, lm=lm, out=str(out)) | fields))
     return out
-# needs import: contextlib
 # ---- what all programs share ---------------------------------------------------------------------
 flag = data.flag
 
@@ -203,7 +202,7 @@ def test_what_a_user_can_cause_ends_in_one_line(capsys, monkeypatch, error, stat
     with pytest.raises(SystemExit if line else type(error)) as stop:
         data.run(raising(error))
     if line:
-        assert stop.value.code == status and waited == [3]
+        assert stop.value.code == status and waited == [6]
         assert capsys.readouterr().err == line + "\n"
 
 
@@ -586,8 +585,10 @@ def check_damage(folder: Path, cache: Path, rng: random.Random):
     assert len(index) >= 8
     for caption, content in before:  # if neither is damaged itself, they belong together
         assert caption not in own or content not in own.values() or own[caption] == content
-        with contextlib.suppress(BadSample):
+        try:
             data.decode_image(content)
+        except BadSample:
+            pass
     cached = sorted(cache.iterdir())
     for file in rng.sample(cached, rng.randint(1, len(cached))):
         file.unlink() if rng.random() < 0.2 else file.write_bytes(damage(file.read_bytes(), rng))
@@ -601,7 +602,7 @@ def test_damage_never_gives_a_traceback_a_hang_or_a_wrong_pair(tmp_path, monkeyp
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     first = int(os.environ.get("FUZZ_SEED", 0))
     for seed in range(first, first + int(os.environ.get("FUZZ_CASES", 40))):
-        signal.alarm(20)
+        signal.alarm(60)
         check_damage(tmp_path / "s", tmp_path / "cache", random.Random(seed))
         signal.alarm(0)
         data.open_shard.cache_clear()
