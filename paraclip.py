@@ -78,8 +78,9 @@ class Config:
     accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
     optimizer: str = flag("muon", "of the towers' matrices; AdamW has the rest, or all",
                           choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0)
-    lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0)
+    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0,
+                     at_most=100)
+    lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0, at_most=1)
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)

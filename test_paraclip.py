@@ -43,7 +43,8 @@ from data import BadSample, ShardIndex, UserError
 from paraclip import Config, ParaCLIP, ViT, contrastive_loss, load_model
 
 HERE = Path(__file__).parent
-WORDS = "a red blue green circle square dog cat on the left of right above below small big .".split()
+WORDS = "a red blue green circle square dog cat on the left of right above below small big ."
+WORDS = WORDS.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TINY = dict(image_size=16, patch_size=8, width=32, depth=2, heads=2, embed_dim=16, batch_size=16,
             precision="fp32", warmup=2, steps=4, workers=0, save_every=100)
@@ -99,7 +100,7 @@ def sample(i: int) -> list[tuple[str, bytes]]:
 
 
 def shards(folder: Path, counts: list[int]) -> str:
-    """Shards of these many samples; the caption of sample i ends in i, its picture is picture(i)."""
+    """Shards of these many samples; sample i has picture(i) and a caption that ends in i."""
     first = 0
     for number, count in enumerate(counts):
         members = [member for i in range(first, first + count) for member in sample(i)]
@@ -754,7 +755,8 @@ def test_vit_equals_pytorchs_transformer_with_the_same_weights():
             p.data += 0.1 * torch.randn_like(p)  # no zero bias, no norm of one
         state = {f"{theirs}.{part}": getattr(getattr(block, mine), part)
                  for mine, theirs in names.items() for part in ("weight", "bias")}
-        state |= {f"self_attn.in_proj_{part}": getattr(block.qkv, part) for part in ("weight", "bias")}
+        state |= {f"self_attn.in_proj_{part}": getattr(block.qkv, part)
+                  for part in ("weight", "bias")}
         layer.load_state_dict(state)
     images = torch.rand(5, 3, 32, 32)
     with torch.no_grad():
@@ -1162,9 +1164,16 @@ def test_a_full_disk_and_a_number_that_is_not_finite_leave_the_former_checkpoint
     assert not multiprocessing.active_children()  # the loader's workers are gone
     assert torch.load(tmp_path / "run/model.pt", weights_only=True)["step"] == 2
     monkeypatch.undo()
-    with pytest.raises(UserError, match="weight is not finite at step 1"):  # a finite loss before
-        train(lm, folder, tmp_path / "huge", lr=1e38, save_every=1)
-    assert not (tmp_path / "huge/model.pt").exists()
+    update = paraclip.update
+
+    def spoiling(model, *args):  # loss and gradient are those of before the step, and finite
+        norm = update(model, *args)
+        model.text_proj.weight.data[0, 0] = torch.inf
+        return norm
+    monkeypatch.setattr(paraclip, "update", spoiling)
+    with pytest.raises(UserError, match="weight is not finite at step 1"):
+        train(lm, folder, tmp_path / "bad", save_every=1)
+    assert not (tmp_path / "bad/model.pt").exists()
 
 
 def test_a_run_folder_has_one_writer_and_is_not_somebody_elses(lm, tmp_path, capsys):
@@ -1244,7 +1253,8 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch, capsy
     (["--accum", "3"], "must be a multiple"), (["--image-size", "15"], "must be a multiple"),
     (["--text", "scratch", "--geometry", "1"], "--geometry needs"),
     *(([flag, value], f"{flag} {value}") for flag, value in (
-        ("--lr", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--crop", "2"), ("--depth", "0"),
+        ("--lr", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--lr", "1e38"), ("--crop", "2"),
+        ("--depth", "0"),
         ("--steps", "-5"), ("--batch-size", "1"), ("--accum", "0"), ("--seed", "-1"),
         ("--workers", "-1"), ("--align-layers", "0"), ("--geometry", "-1")))])
 def test_mistakes_are_told_in_one_line(lm, tmp_path, capsys, args, message):
