@@ -1253,7 +1253,7 @@ def test_cc12m_needs_no_other_flag_but_its_data(lm, tmp_path, monkeypatch, capsy
     (["--accum", "3"], "must be a multiple"), (["--image-size", "15"], "must be a multiple"),
     (["--text", "scratch", "--geometry", "1"], "--geometry needs"),
     *(([flag, value], f"{flag} {value}") for flag, value in (
-        ("--lr", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--lr", "1e38"), ("--crop", "2"),
+        ("--lr", "nan"), ("--lr", "0"), ("--lr", "inf"), ("--lr", "1e+38"), ("--crop", "2"),
         ("--depth", "0"),
         ("--steps", "-5"), ("--batch-size", "1"), ("--accum", "0"), ("--seed", "-1"),
         ("--workers", "-1"), ("--align-layers", "0"), ("--geometry", "-1")))])
