@@ -556,8 +556,8 @@ def train(cfg: Config) -> bool:
         batches = open_batches(cfg, index, model, start, steps)
         cleanup.callback(batches.close)  # ends the loader's workers
         signals = cleanup.enter_context(stop_signals())
+        micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
-        micro_batches, failed = next(batches)
         for step in range(start + 1, steps + 1):
             # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its

@@ -1187,6 +1187,26 @@ def test_a_run_folder_has_one_writer_and_is_not_somebody_elses(lm, tmp_path, cap
     assert "file" in mistake(capsys, paraclip, *args, "--out", tmp_path / "file")
 
 
+def test_a_damaged_run_folder_is_continued_or_refused_and_never_lost(lm, tmp_path):
+    """Faults in checkpoint, log and config: no exception but a UserError, no weight changed."""
+    folder = shards(tmp_path / "s", [16])
+    good = train(lm, folder, tmp_path / "good", steps=2)
+    first, expected = int(os.environ.get("FUZZ_SEED", 0)), weights(good)
+    for seed in range(first, first + int(os.environ.get("FUZZ_CASES", 40))):
+        rng, run = random.Random(seed), tmp_path / f"run{seed}"
+        shutil.copytree(good, run)
+        name = rng.choice(["model.pt", "model.pt", "log.jsonl", "config.json"])
+        damaged = damage((run / name).read_bytes(), rng)
+        (run / name).write_bytes(damaged)
+        try:
+            found = load_model(run).state_dict()
+            assert all(torch.equal(found[k], v) for k, v in expected.items()), seed
+            train(lm, folder, run, steps=2)
+        except UserError:
+            assert name == "model.pt" and (run / name).read_bytes() == damaged, seed
+        shutil.rmtree(run)
+
+
 def test_a_compiled_image_tower_gives_the_same_losses(lm, tmp_path, monkeypatch):
     compile = torch.nn.Module.compile  # with the graph captured, but no C++ compiler asked for
     monkeypatch.setattr(torch.nn.Module, "compile",
