@@ -473,7 +473,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 try:
     # Pillow reads every header, and decodes all once torchvision drops its JPEG decoder, as it
-    # announces: until then that one gives the same pixels in half the time. (torchcodec, which is
+    # announces: until then that one gives the same pixels faster. (torchcodec, which is
     # to follow it, would be one more dependency tied to a release of torch.)
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
