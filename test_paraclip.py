@@ -1192,6 +1192,11 @@ def test_a_damaged_run_folder_is_continued_or_refused_and_never_lost(lm, tmp_pat
     folder = shards(tmp_path / "s", [16])
     good = train(lm, folder, tmp_path / "good", steps=2)
     first, expected = int(os.environ.get("FUZZ_SEED", 0)), weights(good)
+    content, weight = (good / "model.pt").read_bytes(), expected["text_proj.weight"]
+    at = content.index(weight.numpy().tobytes())  # one bit of a weight
+    (tmp_path / "flipped.pt").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+    with pytest.raises(UserError, match="damaged"):
+        load_model(tmp_path / "flipped.pt")
     for seed in range(first, first + int(os.environ.get("FUZZ_CASES", 40))):
         rng, run = random.Random(seed), tmp_path / f"run{seed}"
         shutil.copytree(good, run)
