@@ -1194,7 +1194,8 @@ def test_a_damaged_run_folder_is_continued_or_refused_and_never_lost(lm, tmp_pat
     first, expected = int(os.environ.get("FUZZ_SEED", 0)), weights(good)
     content, weight = (good / "model.pt").read_bytes(), expected["text_proj.weight"]
     at = content.index(weight.numpy().tobytes())  # one bit of a weight
-    (tmp_path / "flipped.pt").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+    flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+    (tmp_path / "flipped.pt").write_bytes(flipped)
     with pytest.raises(UserError, match="damaged"):
         load_model(tmp_path / "flipped.pt")
     for seed in range(first, first + int(os.environ.get("FUZZ_CASES", 40))):
