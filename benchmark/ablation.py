@@ -25,7 +25,7 @@ from benchmark.where_lost import text_columns, where_lost
 from data import UserError, flag
 
 ROWS = {text: ["--text", text] for text in ("scratch", "finetune", "frozen", "align")}
-ROWS["geometry"] = ["--text", "align", "--geometry", "1"]
+ROWS["geometry"] = ["--text", "align", "--geometry", "2"]
 
 
 @dataclass
