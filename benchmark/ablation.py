@@ -129,14 +129,18 @@ def columns(cfg: AblationConfig, run: Path) -> dict[str, float]:
     kinds = report["kinds"]
     weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)["model"]
     found = {f"AO@10 {kind}": 100 * kinds[kind]["ao"] for kind in kinds}
-    found |= {"R@10": 100 * report["recall"]["t2i@10"],
-              "R@10 paraphrased": 100 * report["paraphrase_recall"]["t2i@10"],
-              "zero-shot top-1": 100 * report["zeroshot"]["top1"], **text_columns(report),
+    for side, part in {"": "", " paraphrased": "paraphrase_"}.items():
+        if f"{part}precision" in report:  # several pictures of a query are right
+            found[f"P@10{side}"] = 100 * report[f"{part}precision"]["t2i@10"]
+        found[f"R@10{side}"] = 100 * report[f"{part}recall"]["t2i@10"]
+    found |= {"zero-shot top-1": 100 * report["zeroshot"]["top1"], **text_columns(report),
               "AO@10 unrelated": 100 * report["ao_random"], "training, s": training_seconds([run]),
               "weights trained": sum(weight.numel() for weight in weights.values())}
     found |= {f"JS@10 {kind}": 100 * kinds[kind]["js"] for kind in kinds}
     return found | {"JS@10 unrelated": 100 * report["js_random"],
-                    "R@1": 100 * report["recall"]["t2i@1"], "steps": steps_and_rate(run)[0]}
+                    "R@1": 100 * report["recall"]["t2i@1"],
+                    "zero-shot top-5": 100 * report["zeroshot"]["top5"],
+                    "steps": steps_and_rate(run)[0]}
 
 
 def average(found: list[dict[str, float]]) -> dict[str, dict]:
@@ -187,7 +191,8 @@ def main(argv=None):
             file.write(json.dumps(tables, indent=1).encode() + b"\n")
     for title, table in tables.items():
         names = list(max(table.values(), key=len))
-        second = [name for name in names if name.startswith("JS") or name in ("R@1", "steps")]
+        second = [name for name in names if name.startswith("JS")
+                  or name in ("R@1", "zero-shot top-5", "steps")]
         print_table(title, table, [name for name in names if name not in second])
         if second:
             print_table(title, table, second)

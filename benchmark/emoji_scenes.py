@@ -201,7 +201,7 @@ def caption_of(template: str, wording: str, names: list[str]) -> str:
     phrases = []
     for name in names:
         plural = re.search("[^us]s$", re.split(" (?:with|of) ", name)[0])
-        vowel = re.match("[aeiou]|hour", name) and not re.match("uni|eu|ewe|one", name)
+        vowel = re.match("(?!uni|eu|ewe|one)[aeiou]|hour", name.lower())
         phrases.append(name if plural else f"an {name}" if vowel else f"a {name}")
     return template.format(wording.format(*phrases))
 
