@@ -14,12 +14,11 @@ emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 2
 recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (README.md: the rest).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -47,6 +46,10 @@ from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_m
                   replacing, run, training_loader)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MAX_TOKENS = 77  # CLIP's context length
+MUON_LR = 10  # Muon's learning rate is so many times AdamW's
+GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
+LOG_EVERY = 10  # steps
 
 
 # ---- config: one dataclass is the defaults, the command line and the log -------------------------
@@ -160,28 +163,20 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def conv_stem(patch_size: int, width: int):
-    """Convolutions that halve the picture until a patch is one place (arXiv 2106.14881): a short
-    training learns several times as much with them as with one large convolution."""
-    layers, channels = [], 3
-    for halvings in reversed(range(patch_size.bit_length() - 1)):
-        layers += [nn.Conv2d(channels, max(16, width >> halvings), 3, 2, 1), nn.GELU()]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-        channels = layers[-2].out_channels
-    return nn.Sequential(*layers[:-1])
-
-
 class ViT(nn.Module):
     """Image tower (arXiv 2010.11929): floats in [0, 1], (B, 3, S, S) -> class token's state (B, W).
 
-    stem: patches are embedded by one convolution of their size ("patch") or by conv_stem ("conv").
+    Patches are embedded by one convolution of their size, or several smaller ones (`conv_stem`).
     """
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
         self.width = width
-        self.patch_embed = conv_stem(patch_size, width) if stem == "conv" else \
-            nn.Conv2d(3, width, patch_size, patch_size)
+        if stem == "conv":
+            from benchmark.laptop import conv_stem  # here: the published recipes do without
+            self.patch_embed = conv_stem(patch_size, width)
+        else:
+            self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         # 0.3, not the usual 0.02: a short training has no time to grow it, and would long be
         # blind to where things are.
@@ -319,8 +314,6 @@ class ParaCLIP(nn.Module):
         return F.normalize(x, dim=-1)
 
     def token_batches(self, text) -> list[dict]:
-        if isinstance(text, str) or not text:
-            raise ValueError(f"expected a list of captions or a token batch, got {text!r}")
         if not isinstance(text, (list, tuple)):
             text = [text]
         elif isinstance(text[0], str):
@@ -378,9 +371,6 @@ def contrastive_loss(image_features, text_features, logit_scale):
     return loss / 2, (logits_per_image.argmax(1) == labels).float().mean()
 
 
-GEOMETRY_TAU = 0.1  # temperature of all neighbourhoods
-
-
 def geometry_loss(image_features, text_features, lm_features):
     """Keeps neighbours as the frozen language model sees them. Not in the paper.
 
@@ -418,8 +408,8 @@ def backward(model, cfg: Config, micro_batches):
         if cfg.geometry:
             encode_lm = getattr(model, "module", model).encode_lm
             lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
-            geometry = geometry_loss(image_features, text_features, lm_features)
-            loss = loss + cfg.geometry * geometry
+            term = geometry_loss(image_features, text_features, lm_features)
+            loss = loss + cfg.geometry * term
         return loss, accuracy
 
     if len(micro_batches) == 1:
@@ -428,31 +418,21 @@ def backward(model, cfg: Config, micro_batches):
         return loss.detach(), accuracy
 
     with torch.no_grad():
-        image_parts, text_parts, scales = zip(*(model(*batch) for batch in micro_batches))
-    image_features = torch.cat(image_parts).requires_grad_()
-    text_features = torch.cat(text_parts).requires_grad_()
-    scale = scales[0].requires_grad_()
-    loss, accuracy = loss_of(image_features, text_features, scale)
+        outputs = [model(*batch) for batch in micro_batches]
+    leaves = [[x.requires_grad_() for x in output] for output in outputs]
+    image_parts, text_parts, scales = zip(*leaves)
+    loss, accuracy = loss_of(torch.cat(image_parts), torch.cat(text_parts), scales[-1])
     loss.backward()
-    image_grads = image_features.grad.split(len(image_parts[0]))
-    text_grads = text_features.grad.split(len(text_parts[0]))
-    for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
+    for batch, leaf in zip(micro_batches, leaves):
+        last = leaf is leaves[-1]
         # Ranks exchange gradients once a step, in the last backward pass (no_sync()'s own switch).
         model.require_backward_grad_sync = last
-        image_part, text_part, logit_scale = model(*batch)
-        # A number whose derivative by the weights is the chain rule's.
-        surrogate = (image_part * image_grads[i]).sum() + (text_part * text_grads[i]).sum()
-        if last:  # the temperature's gradient is whole already: it enters once
-            surrogate = surrogate + logit_scale * scale.grad
-        surrogate.backward()
+        used = 3 if last else 2  # the temperature's gradient is whole already: it enters once
+        torch.autograd.backward(model(*batch)[:used], [x.grad for x in leaf[:used]])
     return loss.detach(), accuracy
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
-MUON_LR = 10  # Muon's learning rate is so many times AdamW's
-
-
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     """AdamW for the weights that train, and Muon for the towers' matrices if --optimizer says so.
 
@@ -462,12 +442,12 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     """
     inner = {id(layer.weight) for tower in (model.image_tower, model.text_tower)
              for layer in tower.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    trained_lm = {id(p) for p in model.text_tower.lm.parameters()} if cfg.text == "finetune" else ()
     groups = {}
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = cfg.optimizer == "muon" and id(p) in inner
-            groups.setdefault((muon, p.ndim in (2, 4), id(p) in trained_lm), []).append(p)
+            is_muon = cfg.optimizer == "muon" and id(p) in inner
+            is_lm = cfg.text == "finetune" and name.startswith("text_tower.lm.")
+            groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
     adamw, muon = [], []
     for (is_muon, is_matrix, is_lm), params in groups.items():
         lr = cfg.lr * (MUON_LR if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
@@ -500,12 +480,11 @@ def update(model: ParaCLIP, optimizers: list, share: float):
 
 
 # ---- training ------------------------------------------------------------------------------------
-LOG_EVERY = 10  # steps
+def train(cfg: Config):
+    """Trains, or continues, the run that `cfg` describes. Raises UserError.
 
-
-def train(cfg: Config) -> bool:
-    """Trains, or continues, the run that `cfg` describes; False if a signal stopped it before its
-    end (a checkpoint is then written). Raises UserError."""
+    A signal makes it write a checkpoint and exit with status 143.
+    """
     index = ShardIndex(cfg.data, cfg.workers)  # before the process group, which would time out
     rank, ranks, device = setup_distributed()
     per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
@@ -525,8 +504,7 @@ def train(cfg: Config) -> bool:
             raise UserError(f"the ranks see different checkpoints or data: are {out} and "
                             f"{cfg.data} on a disk that all nodes share?")
         if start >= steps:
-            print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
-            return True
+            return print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
 
         model, parallel, optimizers = build(cfg, device)
         if start:
@@ -548,12 +526,12 @@ def train(cfg: Config) -> bool:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
             cleanup.callback(signal.signal, number, before)
-        bar = cleanup.enter_context(tqdm(total=steps, initial=start, disable=rank > 0 or None))
         batches = open_batches(cfg, index, model, start, steps)
         cleanup.callback(batches.close)  # ends the loader's workers
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
-        for step in range(start + 1, steps + 1):
+        bar = tqdm(range(start + 1, steps + 1), "steps", disable=rank > 0 or None)
+        for step in bar:
             # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its
             # gradient, one step of the optimizer.
@@ -580,7 +558,6 @@ def train(cfg: Config) -> bool:
             if not finite or not math.isfinite(loss + norm):
                 raise UserError(f"loss {loss}, gradient norm {norm} or a weight is not finite at "
                                 f"step {step}; the last checkpoint stays. Try a smaller --lr")
-            bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
             if rank == 0 and (step % LOG_EVERY == 0 or step == steps):
                 seconds = time.perf_counter() - began
@@ -595,15 +572,19 @@ def train(cfg: Config) -> bool:
                 data = dict(samples=len(index), fingerprint=index.fingerprint,
                             skipped=dict(sum(everywhere(skipped), Counter())))
                 if rank == 0:
-                    save_checkpoint(out / "model.pt", model, cfg, step=step, data=data,
-                                    log_bytes=log.tell(), rng=torch.get_rng_state(),
-                                    optimizers=[o.state_dict() for o in optimizers])
+                    buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
+                    torch.save(dict(
+                        model=saved_weights(model), config=asdict(cfg), step=step, data=data,
+                        lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                        rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
+                    with replacing(out / "model.pt") as file:
+                        file.write(buffer.getbuffer())
             if stop and step < steps:
                 print0(f"stopped by a signal at step {step}; the same command continues")
-                return False
+                sys.exit(128 + signal.SIGTERM)
     print0(f"done: {steps} steps; skipped or filled samples: {data['skipped'] or 'none'}. "
            f"Next: python eval_paraphrase.py {out}")
-    return True
 
 
 def build(cfg: Config, device: torch.device):
@@ -635,9 +616,6 @@ def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, st
 
 
 # ---- the language model --------------------------------------------------------------------------
-MAX_TOKENS = 77  # CLIP's context length
-
-
 def load_lm(name: str, pretrained: bool, frozen: bool):
     """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer.
 
@@ -658,20 +636,18 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
-            lost = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+            lost = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
             if lost:
                 raise ValueError(f"it lacks weights, which would be random: {lost[0]}, ...")
         else:
             config = transformers.AutoConfig.from_pretrained(path, **safe)
             lm = transformers.AutoModel.from_config(config, **safe, **eager)
         lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        with torch.no_grad():
-            dog, cat = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
         # The first token's state must tell what follows. It does not where the tokenizer's files
         # are missing, which transformers does not mind, or where a model looks to the left only.
-        if torch.equal(dog, cat):
-            raise ValueError("it takes 'a dog' and 'a cat' for the same: the tokenizer's files are "
-                             "missing, or it is no bidirectional encoder")
+        probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
+        if torch.equal(*probe):
+            raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
     except Exception as error:  # hub, file, config, safetensors libraries raise a dozen types here
         raise UserError(f"language model '{name}' cannot be loaded: {error}") from None
     return lm, tokenizer
@@ -714,9 +690,8 @@ def setup_distributed() -> tuple[int, int, torch.device]:
 
 def everywhere(value) -> list:
     """`value` of every rank, on every rank."""
-    values = [value]
+    values = [value] * rank_and_ranks()[1]
     if dist.is_initialized():
-        values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 
@@ -760,18 +735,8 @@ def saved_weights(model: ParaCLIP) -> dict:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_checkpoint(path: Path, model: ParaCLIP, cfg: Config, **more):
-    """A plain dict: `model` = the trained weights, `config`, `lm` = name and hash, and `more`."""
-    lm = {"name": cfg.lm, "sha256": model.text_tower.sha256}
-    try:
-        with replacing(path) as file:
-            torch.save(dict(model=saved_weights(model), config=asdict(cfg), lm=lm, **more), file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        raise UserError(f"cannot write {path}, a former one is intact: {error}") from None
-
-
 def read_checkpoint(path: Path) -> dict:
-    """The dict that save_checkpoint wrote, or UserError."""
+    """The dict that `train` saved, or UserError."""
     with contextlib.suppress(Exception):  # unpickling raises what it meets
         if zipfile.ZipFile(path).testzip() is None:  # torch.load checks no sums: a bit may be wrong
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -813,17 +778,15 @@ def main(argv=None):
     cfg = replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
                   precision=cfg.precision or best_precision())
     try:
-        finished = train(cfg)
+        train(cfg)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: --accum {2 * cfg.accum} halves what a step needs") from None
+        raise UserError(f"out of memory: --accum {2 * cfg.accum} needs half of it") from None
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             sys.exit(1)  # a rank is gone that this one waited for; it says why itself
         raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()
-    if not finished:
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
