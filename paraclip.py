@@ -7,7 +7,6 @@ model, frozen, with trainable alignment layers on top, trained with CLIP's contr
     python paraclip.py                                      # emoji scenes, --text align
     python paraclip.py --text scratch                       # the text tower as CLIP trains it
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # one node, the whole CC12M recipe
-    torchrun --nproc_per_node 8 paraclip.py --recipe cc12m --data 'laion/{00000..41407}.tar'
 
 The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On the
 emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
@@ -47,7 +46,6 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TOKENS = 77  # CLIP's context length
 MUON_LR = 10  # Muon's learning rate is so many times AdamW's
 GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
-LOG_EVERY = 10  # steps
 
 
 # ---- config: one dataclass is the defaults, the command line and the log -------------------------
@@ -93,11 +91,12 @@ class Config:
         check_ranges(self)
         name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)  # also of a glob or a range
         self.out = self.out or f"runs/{name}-{self.text}"
-        self.precision = self.precision or best_precision()
+        if not self.precision:  # PyTorch's query of CPUs is private: if it is missing, assume no
+            has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            self.precision = "bf16" if torch.cuda.is_available() or has_bf16() else "fp32"
 
 
-# Defaults of a whole run; those above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it
-# (arXiv 2112.12750).
+# The defaults above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it (arXiv 2112.12750).
 RECIPES = {"emoji": {}, "cc12m": dict(
     lm="roberta-base", align_layers=2, image_size=224, patch_size=16, stem="patch",
     width=768, depth=12, heads=12, embed_dim=512, epochs=35.0, batch_size=4096, optimizer="adamw",
@@ -118,16 +117,6 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Gives back the dtype it gets, statistics in fp32. CUDA's autocast would give fp32."""
-
-    def forward(self, x):
-        dtype = x.dtype if x.is_cuda else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype),
-                                self.bias.to(dtype), self.eps)
-
-
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, W) -> (B, T, W). Inside, q, k and v are (B, H, T, W/H).
 
@@ -137,10 +126,10 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.norm2 = LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
         for last in (self.proj, self.fc2):  # a block starts as the identity: it learns faster
@@ -180,7 +169,7 @@ class ViT(nn.Module):
         patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         # CLIP's channel means and deviations. Buffers follow the model's device.
         self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
@@ -210,19 +199,15 @@ class TextTower(nn.Module):
         self.frozen = strategy in ("frozen", "align")
         self.lm, self.tokenizer = load_lm(lm, strategy != "scratch", self.frozen)
         self.lm.requires_grad_(not self.frozen)
+        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
+        # that both passes of --accum, and one process and many, see the same features.
+        self.lm.train = lambda mode=True: self.lm
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
         heads = next(h for h in range(self.width // 64 or 1, 0, -1) if self.width % h == 0)
-        layers = layers if strategy == "align" else 0
-        self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
-        self.norm = LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
-        # that both passes of --accum, and one process and many, see the same features.
-        self.lm.eval()
-        return self
+        layers = range(layers if strategy == "align" else 0)
+        self.align = nn.ModuleList(Block(self.width, heads) for _ in layers)
+        self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
 
     def forward(self, tokens):
         """Token batch, see `tokenize` -> pooled states (B, W)."""
@@ -391,9 +376,8 @@ def backward(model, cfg: Config, micro_batches):
     several = len(micro_batches) > 1
     with torch.set_grad_enabled(not several):
         outputs = [model(*batch) for batch in micro_batches]
-    if several:
-        for features in sum(outputs, ()):
-            features.requires_grad_()
+    for output in sum(outputs, ()):
+        output.requires_grad_()
     image_parts, text_parts, scales = zip(*outputs)
     image_features, text_features = torch.cat(image_parts), torch.cat(text_parts)
     loss, accuracy = contrastive_loss(image_features, text_features, scales[-1])
@@ -422,11 +406,10 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     inner = {id(layer.weight) for tower in (model.image_tower, model.text_tower)
              for layer in tower.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_muon = cfg.optimizer == "muon" and id(p) in inner
-            is_lm = cfg.text == "finetune" and name.startswith("text_tower.lm.")
-            groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
+    for name, p in trained_weights(model).items():
+        is_muon = cfg.optimizer == "muon" and id(p) in inner
+        is_lm = cfg.text == "finetune" and name.startswith("text_tower.lm.")
+        groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
     adamw, muon = [], []
     for (is_muon, is_matrix, is_lm), params in groups.items():
         lr = cfg.lr * (MUON_LR if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
@@ -448,7 +431,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 def update(model: ParaCLIP, optimizers: list, share: float):
     """One step at a share of the peak learning rates; returns the gradient's norm."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
@@ -470,9 +453,6 @@ def train(cfg: Config):
                         f"give a step at least of {len(index)} usable samples")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
-        if rank == 0:  # this process alone writes into the run folder
-            out.mkdir(parents=True, exist_ok=True)
-            cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
         checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
@@ -486,15 +466,17 @@ def train(cfg: Config):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-        if rank == 0:
+        if rank == 0:  # this process alone writes into the run folder
+            out.mkdir(parents=True, exist_ok=True)
+            cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
             log = cleanup.enter_context(open(out / "log.jsonl", "a"))
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
         del checkpoint  # a second copy of the weights
-        weights = saved_weights(model).values()
+        weights = trained_weights(model).values()
         print0(f"{out}: {sum(map(torch.numel, weights)):,} weights train on {ranks} x {device} in "
-               f"{cfg.precision}; {per_epoch} steps an epoch; continuing at step {start} of {steps}")
+               f"{cfg.precision}, {per_epoch} steps an epoch; continuing at {start} of {steps}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
@@ -532,13 +514,12 @@ def train(cfg: Config):
                 raise UserError(f"loss {loss} or a weight is not finite at step {step}; the last "
                                 "checkpoint stays as it is. A smaller --lr may help")
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
-            if rank == 0 and (step % LOG_EVERY == 0 or step == steps):
+            if rank == 0 and (step % 10 == 0 or step == steps):
                 seconds = time.perf_counter() - began
-                row = dict(step=step, epoch=round(step / per_epoch, 4), loss=loss,
-                           accuracy=accuracy, logit_scale=model.logit_scale.exp().item(),
-                           lr=cfg.lr * share, data_wait=round(waited / seconds, 4),
-                           images_per_s=round((step - logged) * cfg.batch_size / seconds, 1),
-                           skipped=skipped)  # rank 0's; the checkpoint has all ranks'
+                row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
+                           logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
+                           images_per_s=(step - logged) * cfg.batch_size / seconds,
+                           data_wait=waited / seconds, skipped=skipped)  # rank 0's, of all below
                 print(json.dumps(row), file=log, flush=True)
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
@@ -547,7 +528,8 @@ def train(cfg: Config):
                 if rank == 0:
                     buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
                     torch.save(dict(
-                        model=saved_weights(model), config=asdict(cfg), step=step, data=data,
+                        model={name: p.data for name, p in trained_weights(model).items()},
+                        config=asdict(cfg), step=step, data=data,
                         lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
                         rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
@@ -664,13 +646,6 @@ def print0(line: str):
         tqdm.write(line)
 
 
-def best_precision() -> str:
-    """bf16, but fp32 on CPUs without instructions for it, where it is emulated."""
-    # PyTorch's query is private: if it is missing, assume none.
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if torch.cuda.is_available() or has_bf16() else "fp32"
-
-
 # ---- run folders and checkpoints -----------------------------------------------------------------
 def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     """The checkpoint to go on from. UserError if it has other settings or other data."""
@@ -690,9 +665,9 @@ def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     return checkpoint
 
 
-def saved_weights(model: ParaCLIP) -> dict:
-    """The weights that train; a frozen language model is kept by name and hash."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def trained_weights(model: ParaCLIP) -> dict:
+    """What a checkpoint keeps; of a frozen language model it has name and hash."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -709,7 +684,7 @@ def load_weights(model: ParaCLIP, checkpoint: dict):
     """Strict: every trained weight must fit, and the frozen language model must be the same one."""
     if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
         raise UserError(f"the checkpoint was trained on another '{checkpoint['lm']['name']}'")
-    if saved_weights(model).keys() != checkpoint["model"].keys():
+    if trained_weights(model).keys() != checkpoint["model"].keys():
         raise UserError("the checkpoint holds other weights than its own config asks for")
     model.load_state_dict(checkpoint["model"], strict=False)  # raises if a shape differs
 
