@@ -8,9 +8,9 @@ model, frozen, with trainable alignment layers on top, trained with CLIP's contr
     python paraclip.py --text scratch                       # the text tower as CLIP trains it
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # one node, the whole CC12M recipe
 
-The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On the
-emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
-recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (README.md: the rest).
+The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On
+the emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
+recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (see README.md).
 """
 
 import contextlib
@@ -37,7 +37,6 @@ import transformers
 from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_memory, parse_config,
                   replacing, run, training_loader)
@@ -118,10 +117,7 @@ class Linear(nn.Linear):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, W) -> (B, T, W). Inside, q, k and v are (B, H, T, W/H).
-
-    Attention is softmax(q k^T / sqrt(W/H)) v; mask (B, 1, 1, T) is False where a key is padding.
-    """
+    """Pre-norm transformer block, (B, T, W) -> (B, T, W); mask (B, 1, 1, T): no padding."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -138,12 +134,12 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         B, T, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, W/H) each
         if x.is_cuda and mask is None:
             attended = F.scaled_dot_product_attention(q, k, v)
         else:
-            # Captions are short, and cuDNN would plan anew for each length. And on CPUs the fused
-            # kernel's backward pass is slow: without it the default trains twice as fast.
+            # Captions are short, and cuDNN would plan anew for each length. On CPUs the fused
+            # kernel's backward pass is slow: so the default trains twice as fast.
             scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -1e9)
@@ -153,7 +149,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Image tower (arXiv 2010.11929): floats in [0, 1], (B, 3, S, S) -> class token's state (B, W)."""
+    """Images in [0, 1], (B, 3, S, S) -> class token's state (B, W) (arXiv 2010.11929)."""
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
@@ -232,8 +228,8 @@ class TextTower(nn.Module):
 class ParaCLIP(nn.Module):
     """Two towers and a temperature. `load_model` gives one in eval mode.
 
-    images: uint8, or floats in [0, 1], (B, 3, S, S), as `preprocess` makes them of Pillow pictures.
-    text: a list of captions, a token batch as `tokenize` makes it of them, or a list of these.
+    images: uint8, or floats in [0, 1], (B, 3, S, S); `preprocess` makes them of Pillow pictures.
+    text: a list of captions, a token batch that `tokenize` makes of them, or a list of these.
     Features are L2-normalised and fp32, computed outside autocast.
     """
 
@@ -346,10 +342,9 @@ def geometry_loss(image_features, text_features, lm_features):
     """Keeps neighbours as the frozen language model sees them. Not in the paper.
 
     With Z = lm_features (B, W), a constant, T = text_features and I = image_features (B, E):
-    the mean over rows of KL( softmax(Z Z^T / tau) || softmax(Q K^T / tau) ), without the diagonal,
+    the mean over rows of KL(softmax(Z Z^T / tau) || softmax(Q K^T / tau)), without the diagonal,
     for Q K = T T (relational distillation, compare arXiv 2506.16895), and half of it each for
-    I T and T I (compare CWCL, arXiv 2309.14580). Rows of this rank against all N columns, so that
-    its gradient is exact over ranks like the contrastive one's.
+    I T and T I (compare CWCL, arXiv 2309.14580). Over ranks it is exact like the loss above.
     """
     def log_probabilities(queries, keys):
         scores = queries @ gather(keys).T / GEOMETRY_TAU  # (B, N)
@@ -370,8 +365,8 @@ def backward(model, cfg: Config, micro_batches):
 
     micro_batches: [(images, token batches)], --accum of them. If there are several, a first pass
     computes all features without gradient, the loss gives the gradient of each feature, and a
-    second pass carries these into the towers, micro-batch by micro-batch: the activations of one
-    are in memory, and all negatives are kept (GradCache, arXiv 2101.06983).
+    second pass carries these into the towers. So the activations of one micro-batch are in memory
+    at a time, and all negatives are kept (GradCache, arXiv 2101.06983).
     """
     several = len(micro_batches) > 1
     with torch.set_grad_enabled(not several):
@@ -388,8 +383,7 @@ def backward(model, cfg: Config, micro_batches):
     loss.backward()
     for batch, output in zip(micro_batches, outputs if several else ()):
         last = output is outputs[-1]
-        # Ranks exchange gradients once a step, in the last backward pass (no_sync()'s own switch).
-        model.require_backward_grad_sync = last
+        model.require_backward_grad_sync = last  # ranks exchange gradients once a step
         used = 3 if last else 2  # the temperature's gradient is whole already: it enters once
         torch.autograd.backward(model(*batch)[:used], [x.grad for x in output[:used]])
     return loss.detach(), accuracy
@@ -397,11 +391,10 @@ def backward(model, cfg: Config, micro_batches):
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
-    """AdamW for the weights that train, and Muon for the towers' matrices if --optimizer says so.
+    """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest.
 
-    Those are the weights of linear layers and convolutions; AdamW keeps projections, embeddings,
-    vectors and numbers. Weight decay is on matrices only (2-D; a convolution's in 4-D): not on
-    norms, biases, logit_scale, nor on the ViT's class token and positions, which are 3-D.
+    Weight decay is on matrices only (2-D; a convolution's in 4-D): not on norms, biases,
+    logit_scale, nor on the ViT's class token and positions, which are 3-D.
     """
     inner = {id(layer.weight) for tower in (model.image_tower, model.text_tower)
              for layer in tower.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
@@ -437,7 +430,7 @@ def update(model: ParaCLIP, optimizers: list, share: float):
             group["lr"] = group["peak_lr"] * share
         optimizer.step()
         optimizer.zero_grad()
-    model.logit_scale.data.clamp_(0, math.log(100))  # exp(logit_scale) stays in [1, 100], as CLIP's
+    model.logit_scale.data.clamp_(0, math.log(100))  # its exp stays in [1, 100], as CLIP's
     return norm
 
 
@@ -466,6 +459,7 @@ def train(cfg: Config):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
+            print0(f"continuing at step {start}")
         if rank == 0:  # this process alone writes into the run folder
             out.mkdir(parents=True, exist_ok=True)
             cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
@@ -474,9 +468,7 @@ def train(cfg: Config):
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
         del checkpoint  # a second copy of the weights
-        weights = trained_weights(model).values()
-        print0(f"{out}: {sum(map(torch.numel, weights)):,} weights train on {ranks} x {device} in "
-               f"{cfg.precision}, {per_epoch} steps an epoch; continuing at {start} of {steps}")
+        print0(f"{out}: {steps} steps, {per_epoch} an epoch, on {ranks} x {device}, {cfg.precision}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
@@ -485,8 +477,7 @@ def train(cfg: Config):
         cleanup.callback(batches.close)  # ends the loader's workers
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
-        bar = tqdm(range(start + 1, steps + 1), total=steps, initial=start, disable=rank or None)
-        for step in bar:
+        for step in range(start + 1, steps + 1):
             # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its
             # gradient, one step of the optimizer.
@@ -509,18 +500,19 @@ def train(cfg: Config):
             loss, accuracy, norm, stop = stats.tolist()
             save = step % cfg.save_every == 0 or step == steps or stop
             # A bad weight shows in the next step's loss, which would be too late for a checkpoint.
-            finite = not save or all(weight.isfinite().all() for weight in weights)
+            finite = not save or all(p.isfinite().all() for p in model.parameters())
             if not finite or not math.isfinite(loss + norm):
                 raise UserError(f"loss {loss} or a weight is not finite at step {step}; the last "
                                 "checkpoint stays as it is. A smaller --lr may help")
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
             if rank == 0 and (step % 10 == 0 or step == steps):
                 seconds = time.perf_counter() - began
+                speed = (step - logged) * cfg.batch_size / seconds
                 row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
                            logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
-                           images_per_s=(step - logged) * cfg.batch_size / seconds,
-                           data_wait=waited / seconds, skipped=skipped)  # rank 0's, of all below
+                           images_per_s=speed, data_wait=waited / seconds,
+                           skipped=skipped)  # rank 0's; the checkpoint has all ranks'
                 print(json.dumps(row), file=log, flush=True)
+                print0(f"step {step}: loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} images/s")
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
                 data = dict(samples=len(index), fingerprint=index.fingerprint,
@@ -529,10 +521,10 @@ def train(cfg: Config):
                     buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
                     torch.save(dict(
                         model={name: p.data for name, p in trained_weights(model).items()},
-                        config=asdict(cfg), step=step, data=data,
                         lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
                         optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                        rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
+                        rng=torch.get_rng_state(), config=asdict(cfg), step=step, data=data,
+                        log_bytes=log.tell()), buffer)
                     with replacing(out / "model.pt") as file:
                         file.write(buffer.getbuffer())
             if stop and step < steps:
@@ -542,7 +534,7 @@ def train(cfg: Config):
 
 
 def build(cfg: Config, device: torch.device):
-    """The model, the same in DistributedDataParallel where there are ranks, and its optimizers."""
+    """The model, the same in DistributedDataParallel if there are ranks, and its optimizers."""
     keep_memory()
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = ParaCLIP(cfg).to(device)
@@ -556,7 +548,7 @@ def build(cfg: Config, device: torch.device):
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
     """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
-    (rank, ranks), tokenize = rank_and_ranks(), model.tokenize
+    tokenize, (rank, ranks) = model.tokenize, rank_and_ranks()
     with contextlib.suppress(ImportError):  # a copy of the three files does without
         from benchmark.laptop import remember_states
         tokenize = remember_states(model, index) or tokenize
@@ -591,8 +583,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
             config = transformers.AutoConfig.from_pretrained(path, **safe)
             lm = transformers.AutoModel.from_config(config, **safe, **eager)
         lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        # A first token's state tells what follows, unless the tokenizer's files are missing, which
-        # transformers does not mind, or the model looks to the left only.
+        # A first token's state tells what follows, unless the tokenizer's files are missing,
+        # which transformers does not mind, or the model looks to the left only.
         probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
         if torch.equal(*probe):
             raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
@@ -643,7 +635,7 @@ def everywhere(value) -> list:
 
 def print0(line: str):
     if rank_and_ranks()[0] == 0:
-        tqdm.write(line)
+        print(line, flush=True)
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
@@ -681,7 +673,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def load_weights(model: ParaCLIP, checkpoint: dict):
-    """Strict: every trained weight must fit, and the frozen language model must be the same one."""
+    """Strict: all trained weights must fit, and a frozen language model must be the same."""
     if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
         raise UserError(f"the checkpoint was trained on another '{checkpoint['lm']['name']}'")
     if trained_weights(model).keys() != checkpoint["model"].keys():
