@@ -160,8 +160,7 @@ class ViT(nn.Module):
         else:
             self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        # 0.3, not the usual 0.02: a short training has no time to grow it, and would long be
-        # blind to where things are.
+        # 0.3, not the usual 0.02, which a short training has no time to grow: blind to places.
         patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -218,10 +217,7 @@ class TextTower(nn.Module):
         """The language model's token states (B, T, W)."""
         if "states" in tokens:  # computed before, see remember_states
             return tokens["states"]
-        mask = tokens["attention_mask"].bool()
-        if mask.is_cuda:  # 4-D: of a 2-D mask transformers asks .all(), and waits for the GPU
-            mask = mask[:, None, None, :]
-        return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return self.lm(**tokens).last_hidden_state
 
 
 # ---- both towers ---------------------------------------------------------------------------------
@@ -237,8 +233,8 @@ class ParaCLIP(nn.Module):
         super().__init__()
         if (cfg.image_size % cfg.patch_size or cfg.width % cfg.heads
                 or cfg.stem == "conv" and cfg.patch_size.bit_count() != 1):
-            raise UserError("--image-size must be a multiple of --patch-size, --width of --heads, "
-                            "and with --stem conv --patch-size a power of two")
+            raise UserError("--image-size must be a multiple of --patch-size (with --stem conv a "
+                            "power of two), --width one of --heads")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
         self.image_tower = ViT(cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth,
@@ -260,7 +256,7 @@ class ParaCLIP(nn.Module):
         is_uint8 = images.dtype == torch.uint8
         valid = is_uint8 or images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
         if not valid or images.shape[1:] != self.image_shape:
-            raise ValueError(f"images must be (B, *{self.image_shape}), uint8 or floats in [0, 1]")
+            raise ValueError(f"images: expected (B, *{self.image_shape}), uint8 or in [0, 1]")
         with self.autocast():
             x = self.image_tower(images / 255 if is_uint8 else images)
         return F.normalize(self.image_proj(x.float()), dim=-1)
@@ -301,7 +297,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 class Gather(torch.autograd.Function):
-    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients for these rows."""
+    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients of a row."""
 
     @staticmethod
     def forward(ctx, x):
@@ -323,10 +319,10 @@ def gather(x):
 def contrastive_loss(image_features, text_features, logit_scale):
     """CLIP's loss (arXiv 2103.00020) of this rank's rows; also the share of images matched.
 
-    Why the gradient on R ranks is that of one process on the joined batch: (1) A rank's loss is the
-    mean over its own B rows, against all N columns; the joined loss is the mean of these. (2)
-    Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R times
-    the joined one. (3) DistributedDataParallel averages over the ranks, and the R is gone.
+    Why the gradient on R ranks is that of one process on the joined batch: (1) A rank's loss is
+    the mean over its own B rows, against all N columns; the joined loss is the mean of these.
+    (2) Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R
+    times the joined one. (3) DistributedDataParallel averages over ranks, and the R is gone.
     logit_scale, which each rank's own loss sees directly, gets the mean as well.
     """
     all_image_features, all_text_features = gather(image_features), gather(text_features)  # (N, E)
@@ -442,8 +438,8 @@ def train(cfg: Config):
     per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
     steps = cfg.steps or round(cfg.epochs * per_epoch)
     if cfg.batch_size % (ranks * cfg.accum) or not per_epoch or not steps:
-        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and --epochs "
-                        f"give a step at least of {len(index)} usable samples")
+        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and "
+                        f"{len(index)} usable samples x --epochs fill one at least")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
         checkpoint = read_run(cfg, out, index)
@@ -451,7 +447,7 @@ def train(cfg: Config):
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
             raise UserError(f"not all nodes see the same files in {out} and {cfg.data}")
         if start >= steps:
-            return print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
+            return print0(f"{out} is finished: {steps} steps; to train again, give another --out")
 
         model, parallel, optimizers = build(cfg, device)
         if start:
@@ -468,7 +464,7 @@ def train(cfg: Config):
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
         del checkpoint  # a second copy of the weights
-        print0(f"{out}: {steps} steps, {per_epoch} an epoch, on {ranks} x {device}, {cfg.precision}")
+        print0(f"{out}: {steps} steps, {per_epoch} an epoch; {ranks} x {device}, {cfg.precision}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             before = signal.signal(number, lambda number, frame: signals.append(number))
@@ -492,7 +488,6 @@ def train(cfg: Config):
             micro_batches, failed = next(batches, (None, {}))
             waited += time.perf_counter() - waiting
             # The ranks' means, and whether one was told to stop: in one sum, so that all agree.
-            # Reading it is the one wait for the GPU in a step.
             stop = torch.full_like(loss, bool(signals))
             stats = torch.stack([loss, accuracy, norm, stop]) / ranks
             if dist.is_initialized():
@@ -506,13 +501,13 @@ def train(cfg: Config):
                                 "checkpoint stays as it is. A smaller --lr may help")
             if rank == 0 and (step % 10 == 0 or step == steps):
                 seconds = time.perf_counter() - began
-                speed = (step - logged) * cfg.batch_size / seconds
                 row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
                            logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
-                           images_per_s=speed, data_wait=waited / seconds,
+                           images_per_s=(step - logged) * cfg.batch_size / seconds,
+                           data_wait=waited / seconds,
                            skipped=skipped)  # rank 0's; the checkpoint has all ranks'
                 print(json.dumps(row), file=log, flush=True)
-                print0(f"step {step}: loss {loss:.3f}, accuracy {accuracy:.3f}, {speed:.0f} images/s")
+                print0(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
                 data = dict(samples=len(index), fingerprint=index.fingerprint,
@@ -588,7 +583,7 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
         probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
         if torch.equal(*probe):
             raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
-    except Exception as error:  # hub, file, config, safetensors libraries raise a dozen types here
+    except Exception as error:  # hub, file, config, safetensors raise a dozen types here
         raise UserError(f"language model '{name}' cannot be loaded: {error}") from None
     return lm, tokenizer
 
@@ -605,7 +600,7 @@ def lm_hash(lm: nn.Module, tokenizer) -> str:
 
 
 def tokenize(tokenizer, captions: list[str]) -> dict:
-    """Captions -> input_ids, attention_mask (B, T), padded to the longest; the end token stays."""
+    """Captions -> input_ids, attention_mask (B, T), padded to the longest, cut before the end."""
     multiple = 8 if torch.cuda.is_available() else None  # a GPU wants few different lengths
     return dict(tokenizer(captions, padding=True, truncation=True, pad_to_multiple_of=multiple,
                           return_token_type_ids=False, return_tensors="pt"))
@@ -613,7 +608,7 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
 
 # ---- ranks, signals, the machine -----------------------------------------------------------------
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, gloo on the CPU."""
+    """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, else gloo."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
         if cuda:
@@ -644,7 +639,7 @@ def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     data = dict(samples=len(index), fingerprint=index.fingerprint)
     if not (out / "model.pt").exists():
         if (out / "log.jsonl").exists() and not (out / "config.json").exists():
-            raise UserError(f"{out} holds a log.jsonl of another program: give another --out")
+            raise UserError(f"{out} holds another program's log.jsonl: give another --out")
         return dict(step=0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
     before = checkpoint["config"] | checkpoint["data"]
@@ -652,8 +647,7 @@ def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
                  for name, value in (asdict(cfg) | data).items()
                  if name not in FREE and before.get(name) != value]
     if differing:
-        raise UserError(f"{out} holds a run with other settings or data: {', '.join(differing)}; "
-                        "give the same ones to continue it, or another --out")
+        raise UserError(f"{out} holds a run with other settings or data: {', '.join(differing)}")
     return checkpoint
 
 
@@ -665,7 +659,7 @@ def trained_weights(model: ParaCLIP) -> dict:
 def read_checkpoint(path: Path) -> dict:
     """The dict that `train` saved, or UserError."""
     with contextlib.suppress(Exception):  # unpickling raises what it meets
-        if zipfile.ZipFile(path).testzip() is None:  # torch.load checks no sums: a bit may be wrong
+        if zipfile.ZipFile(path).testzip() is None:  # torch.load would not see a wrong bit
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             Config(**checkpoint["config"])
             return checkpoint
@@ -675,16 +669,17 @@ def read_checkpoint(path: Path) -> dict:
 def load_weights(model: ParaCLIP, checkpoint: dict):
     """Strict: all trained weights must fit, and a frozen language model must be the same."""
     if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
-        raise UserError(f"the checkpoint was trained on another '{checkpoint['lm']['name']}'")
+        raise UserError(f"{checkpoint['config']['out']} was trained on another language model "
+                        f"'{checkpoint['lm']['name']}'")
     if trained_weights(model).keys() != checkpoint["model"].keys():
-        raise UserError("the checkpoint holds other weights than its own config asks for")
+        raise UserError(f"{checkpoint['config']['out']} holds other weights than it should")
     model.load_state_dict(checkpoint["model"], strict=False)  # raises if a shape differs
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
-    """An eval-mode ParaCLIP from a run folder or its model.pt. `precision` is that of the towers.
+    """An eval-mode ParaCLIP of a run folder or its model.pt, or UserError.
 
-    UserError if it is no checkpoint, or its frozen language model is not here as it was.
+    `precision` (fp32 or bf16) is that of the towers.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
@@ -703,7 +698,7 @@ def main(argv=None):
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise SystemExit(1)  # a rank is gone that this one waited for; it says why itself
         raise
-    if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
+    if dist.is_initialized():  # not after an error: the others may wait for this rank
         dist.destroy_process_group()
 
 
