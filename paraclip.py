@@ -43,7 +43,6 @@ from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_m
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_TOKENS = 77  # CLIP's context length
-MUON_LR = 10  # Muon's learning rate is so many times AdamW's
 GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
 
 
@@ -200,8 +199,8 @@ class TextTower(nn.Module):
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
         heads = next(h for h in range(self.width // 64 or 1, 0, -1) if self.width % h == 0)
-        layers = range(layers if strategy == "align" else 0)
-        self.align = nn.ModuleList(Block(self.width, heads) for _ in layers)
+        self.align = nn.ModuleList(
+            Block(self.width, heads) for _ in range(layers) if strategy == "align")
         self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
 
     def forward(self, tokens):
@@ -401,7 +400,7 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
         groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
     adamw, muon = [], []
     for (is_muon, is_matrix, is_lm), params in groups.items():
-        lr = cfg.lr * (MUON_LR if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
+        lr = cfg.lr * (10 if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
         group = dict(params=params, lr=lr, peak_lr=lr, weight_decay=cfg.weight_decay * is_matrix)
         (muon if is_muon else adamw).append(group)
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-6, fused=True)]
@@ -455,7 +454,7 @@ def train(cfg: Config):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-            print0(f"continuing at step {start}")
+            print0(f"continuing at step {start} of {steps}")
         if rank == 0:  # this process alone writes into the run folder
             out.mkdir(parents=True, exist_ok=True)
             cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
@@ -504,8 +503,7 @@ def train(cfg: Config):
                 row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
                            logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
                            images_per_s=(step - logged) * cfg.batch_size / seconds,
-                           data_wait=waited / seconds,
-                           skipped=skipped)  # rank 0's; the checkpoint has all ranks'
+                           data_wait=waited / seconds, skipped=skipped)  # rank 0's
                 print(json.dumps(row), file=log, flush=True)
                 print0(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
                 began, waited, logged = time.perf_counter(), 0.0, step
@@ -516,10 +514,9 @@ def train(cfg: Config):
                     buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
                     torch.save(dict(
                         model={name: p.data for name, p in trained_weights(model).items()},
-                        lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                        rng=torch.get_rng_state(), config=asdict(cfg), step=step, data=data,
-                        log_bytes=log.tell()), buffer)
+                        config=asdict(cfg), lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
+                        data=data, rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
                     with replacing(out / "model.pt") as file:
                         file.write(buffer.getbuffer())
             if stop and step < steps:
@@ -543,7 +540,8 @@ def build(cfg: Config, device: torch.device):
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
     """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
-    tokenize, (rank, ranks) = model.tokenize, rank_and_ranks()
+    rank, ranks = rank_and_ranks()
+    tokenize = model.tokenize
     with contextlib.suppress(ImportError):  # a copy of the three files does without
         from benchmark.laptop import remember_states
         tokenize = remember_states(model, index) or tokenize
@@ -636,18 +634,17 @@ def print0(line: str):
 # ---- run folders and checkpoints -----------------------------------------------------------------
 def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     """The checkpoint to go on from. UserError if it has other settings or other data."""
-    data = dict(samples=len(index), fingerprint=index.fingerprint)
     if not (out / "model.pt").exists():
         if (out / "log.jsonl").exists() and not (out / "config.json").exists():
             raise UserError(f"{out} holds another program's log.jsonl: give another --out")
         return dict(step=0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
     before = checkpoint["config"] | checkpoint["data"]
-    differing = [f"{name} {before.get(name)!r} -> {value!r}"
-                 for name, value in (asdict(cfg) | data).items()
-                 if name not in FREE and before.get(name) != value]
+    now = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint)
+    differing = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now
+                 if name not in FREE and before.get(name) != now[name]]
     if differing:
-        raise UserError(f"{out} holds a run with other settings or data: {', '.join(differing)}")
+        raise UserError(f"{out} has other settings or other data: {', '.join(differing)}")
     return checkpoint
 
 
@@ -677,10 +674,7 @@ def load_weights(model: ParaCLIP, checkpoint: dict):
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
-    """An eval-mode ParaCLIP of a run folder or its model.pt, or UserError.
-
-    `precision` (fp32 or bf16) is that of the towers.
-    """
+    """An eval-mode ParaCLIP, its towers in `precision`, of a run folder or its model.pt."""
     path = Path(path)
     checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
     model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
