@@ -367,7 +367,7 @@ def backward(model, cfg: Config, micro_batches):
     with torch.set_grad_enabled(not several):
         outputs = [model(*batch) for batch in micro_batches]
     for output in sum(outputs, ()):
-        output.requires_grad_()
+        output.requires_grad_()  # after a first pass: a leaf, at which loss.backward() stops
     image_parts, text_parts, scales = zip(*outputs)
     image_features, text_features = torch.cat(image_parts), torch.cat(text_parts)
     loss, accuracy = contrastive_loss(image_features, text_features, scales[-1])
