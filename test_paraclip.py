@@ -1089,7 +1089,6 @@ def test_everything_in_one_call(world, tmp_path, capsys):
         assert 0 <= low <= clip[name] <= high <= 1
     diff = siglip["diff"]
     assert diff["ao"] == pytest.approx(siglip["ao"] - clip["ao"], abs=1e-12)
-    assert diff["ao_ci"][0] <= diff["ao"] <= diff["ao_ci"][1]
     assert diff["zeroshot"].keys() == {"top1", "top1_ci", "top5", "top5_ci"}
     assert diff.keys().isdisjoint({"k", "pairs", "captions", "sts"})
 
