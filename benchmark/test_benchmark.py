@@ -1,22 +1,28 @@
-"""Tests of speed.py, ablation.py, where_lost.py and curve.py with a tiny model and few scenes."""
+"""Tests of the default run and of laptop.py, speed.py, ablation.py, where_lost.py and curve.py.
+
+With a tiny model and few scenes.
+"""
 
 import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import string
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.functional import normalize
 
 import data
 import eval_paraphrase
 import paraclip
-from benchmark import ablation, curve, emoji_scenes, speed
+from benchmark import ablation, curve, emoji_scenes, laptop, speed
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3)
@@ -48,6 +54,71 @@ def machine(tmp_path, monkeypatch):
 
 def flags(**fields) -> list[str]:
     return [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+
+
+# ---- the default run: what paraclip.py and eval_paraphrase.py do without flags -------------------
+def test_the_default_run_and_its_evaluation(root, tmp_path, monkeypatch, capsys):
+    def evaluate(*argv):
+        eval_paraphrase.main([*argv, "--workers", "0"])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PARACLIP_DATA", "data")
+    shutil.copytree(root, "data/emoji")
+    paraclip.main(flags(**TINY | dict(lm=root)))
+    report, = evaluate()
+    one, two = evaluate("runs/emoji-align", "runs/emoji-align/model.pt")
+    assert report == one and two["diff"]["kinds"]["template"]["ao_ci"] == [0, 0]
+    gallery, pairs, names, labels = data.read_benchmark("data/emoji/test")
+    assert (report["split"], report["k"], report["gallery"]) == ("test", 10, 24) == (
+        "test", 10, len(gallery))
+    kinds = Counter(pair["kind"] for pair in pairs)
+    assert {kind: part["pairs"] for kind, part in report["kinds"].items()} == kinds
+    assert report.items() >= report["kinds"]["name"].items()  # the headline
+
+    model = paraclip.load_model("runs/emoji-align")
+    pictures = [model.preprocess(data.open_picture(item)) for item in gallery.values()]
+    prompts = [form.format(name) for name in names for form in eval_paraphrase.TEMPLATES]
+    queries = [pair["query"] for pair in pairs if pair["kind"] == "name"]
+    right = [list(gallery).index(pair["image"]) for pair in pairs if pair["kind"] == "name"]
+    with torch.no_grad():
+        images = model.encode_image(torch.stack(pictures))
+        classes = normalize(model.encode_text(prompts).view(len(names), 3, -1).mean(1), dim=-1)
+        ranked = (model.encode_text(queries) @ images.T).argsort(dim=1, descending=True)
+    best = (images @ classes.T).topk(5).indices.tolist()
+    place = {name: row for row, name in enumerate(gallery)}
+    hits = [label in best[place[name]] for name, label in labels.items()]
+    assert report["zeroshot"]["top5"] == pytest.approx(np.mean(hits))
+    hits = [i in row[:5] for i, row in zip(right, ranked.tolist())]
+    assert report["recall"]["t2i@5"] == pytest.approx(np.mean(hits))
+
+    # of a shard that breaks off, and of a label that cannot be
+    shard = tmp_path / "data/emoji/val/00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-20_000])
+    reports = evaluate("--split", "val")
+    assert 0 < reports[0]["gallery"] < 24 and reports[0]["split"] == "val"
+    zeroshot = tmp_path / "data/emoji/val/zeroshot.json"
+    zeroshot.write_text('{"classnames": ["x"], "labels": {"000000000": 1}}')
+    with pytest.raises(data.UserError, match="zeroshot.json"):
+        evaluate("--split", "val")
+
+
+def test_remembered_states_are_those_of_the_language_model(root, monkeypatch):
+    def build(text):
+        return paraclip.ParaCLIP(paraclip.Config(**TINY, lm=str(root), text=text))
+
+    model, index = build("align"), data.ShardIndex(str(root / "train"))
+    recall = laptop.remember_states(model, index)
+    captions = [index.caption(i) for i in (7, 3, 7, 21)]
+    tokens = recall(captions)
+    assert "input_ids" not in tokens and tokens["attention_mask"].sum(1).tolist() == [
+        len(model.text_tower.tokenizer(caption)["input_ids"]) for caption in captions]
+    with torch.no_grad():
+        for encode in (model.encode_text, model.encode_lm):
+            assert torch.allclose(encode(tokens), encode(captions), atol=1e-6)
+    monkeypatch.setattr(laptop, "STATES_BYTES", 48 * 6 * 32 * 4)  # what most, not all, would take
+    assert laptop.remember_states(model, index) is None
+    assert laptop.remember_states(build("finetune"), index) is None  # they would change
 
 
 # ---- speed ---------------------------------------------------------------------------------------
