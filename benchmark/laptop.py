@@ -4,6 +4,8 @@ The ViT's convolutions, the optimizer Muon, and the memory of a frozen language 
 states, which a small data set's captions fit in. paraclip.py imports what its settings ask for.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
 
@@ -64,7 +66,15 @@ class Muon(torch.optim.Optimizer):
                     p.add_(step.reshape(p.shape), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
-# ---- frozen token states -------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
+def keep_memory():
+    """Lets glibc keep freed memory: given back, it would be mapped and zeroed anew each step."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that it takes
+
+
 STATES_BYTES = 2 << 30  # remembered if they fit in this
 
 
