@@ -403,13 +403,13 @@ def as_codes(captions: list[str]) -> dict:
     return {"ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
 
 
-def load(index, start=0, steps=8, world=1, **options) -> list:
+def load(index, start=0, steps=8, world=1, tokenize=as_codes, **options) -> list:
     """[({caption: image}, {reason: count})] of the global batches."""
     batches = [({}, Counter()) for _ in range(start, steps)]
     for rank in range(world):
         cfg = Namespace(**dict(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, workers=0)
                         | options)
-        loader = data.training_loader(index, cfg, start, steps, rank, world, as_codes)
+        loader = data.training_loader(index, cfg, start, steps, rank, world, tokenize)
         for (pairs, counts), (parts, failed) in zip(batches, loader, strict=True):
             assert type(failed) is dict  # pinning would double a Counter
             counts.update(failed)
@@ -502,17 +502,17 @@ COCO = '{"images": [{"id": 5, "file_name": "a"}], "annotations": [{"image_id": 5
     (data.read_pairs, b"\xff\xfe{\0", "utf-8"),
     (data.read_triplets, '{"caption": "a", "caption2": "b"}', 'negative_caption'),
     (data.read_captions, COCO % '"x"', {"a": ["x"]}),
-    (data.read_captions, COCO % "null", UserError),
+    (data.read_captions, COCO % "null", "COCO"),
     (data.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
     (data.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n', [("a", '"b', 3.0)]),
-    (data.read_sts, "a,b,1\nc,d,nan", UserError),
+    (data.read_sts, "a,b,1\nc,d,nan", "line 2"),
     (data.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
-    (data.read_templates, "a {}\n\nno place\n", UserError)])
-def test_evaluation_files_are_read_or_refused(tmp_path, reader, text, expected):
+    (data.read_templates, "a {}\n\nno place\n", "line 3")])
+def test_evaluation_files_are_read_or_refused_with_their_place(tmp_path, reader, text, expected):
     file = tmp_path / "file"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    if expected is UserError:
-        with pytest.raises(UserError, match=str(file)):
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=f"{file}.*{expected}"):
             reader(file)
     else:
         assert reader(file) == expected
