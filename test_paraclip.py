@@ -775,7 +775,7 @@ def test_a_checkpoint_of_another_language_model_is_refused(lm, tmp_path):
         assert content != good[name]
         for file, before in good.items():
             (own / file).write_bytes(content if file == name else before)
-        with pytest.raises(UserError, match="was trained on another"):
+        with pytest.raises(UserError, match="of another language model"):
             load_model(out)
 
 
@@ -793,7 +793,7 @@ def test_a_killed_run_continues_to_the_same_bits(lm, tmp_path, capsys):
         finish(process, -killer if killer == signal.SIGKILL else 128 + killer)
         newest = (out / "model.pt").stat().st_mtime_ns
     assert checkpoint_of(out)["step"] < 40
-    (out / f"model.pt.{process.pid}.tmp").touch()  # what a kill in mid-write leaves
+    (out / "model.pt.tmp").touch()  # what a kill in mid-write leaves
     with open(out / "log.jsonl", "ab") as log:
         log.write(b'{"step": 39, "lo')  # newer than the checkpoint, and cut by the kill
     with FileLock(out / "run.lock"):  # there is one writer
@@ -821,7 +821,7 @@ def test_two_processes_follow_one_and_survive_a_killed_rank(lm, tmp_path, monkey
     wait_for(process, tmp_path / "two" / "model.pt")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert "continuing at step" in finish(process)
+    assert len(set(re.findall("steps ([0-9]+) to 30", finish(process)))) == 2  # from 1, from later
     one, two = (checkpoint_of(tmp_path / name) for name in ("one", "two"))
     recipe = paraclip.RECIPES["cc12m"]["weight_decay"]
     assert two["config"]["weight_decay"] == recipe != Config().weight_decay

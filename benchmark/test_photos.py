@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Every photograph is one grey; those of training are 10 x class, of validation 10 x class + 1."""
+    """All photographs of a class are one grey: 10 x class in training, one more in validation."""
     root, lines = tmp_path_factory.mktemp("tiny-imagenet-200"), []
     (root / "val" / "images").mkdir(parents=True)
     for i, wnid in enumerate(WORDS):
