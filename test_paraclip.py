@@ -986,7 +986,7 @@ def test_unrelated_pairs_share_nothing_where_possible():
     assert all(i != j for i, j in enumerate(ev.unrelated(alike, 0)))  # never itself
 
 
-def test_a_tie_between_triplets_is_a_miss():
+def test_a_tie_between_triplets_is_a_miss_and_prompts_are_averaged():
     vectors = torch.tensor([[1, 0], [3, 4], [4, 3], [3, -4], [-4, 3], [0, 1], [1, 1]])
     model = Namespace(encode_text=lambda texts: vectors[[int(text) for text in texts]])
     found = []
@@ -999,6 +999,9 @@ def test_a_tie_between_triplets_is_a_miss():
         part = part["triplets"]["x"]
         found.append((part["text_only"][0], part["image_text"][0]))
     assert found == [(1, 1), (0, 0), (0, 0), (1, 0), (1, 0)]
+    pictures = {"x": 0}, torch.tensor([[10, -0.7]])  # of the first prompts alone 2 is nearer
+    part = ev.measure_zeroshot(["2", "3"], {"x": 1}, ["{}", "5"], model, pictures, ev.EvalConfig())
+    assert part["zeroshot"]["top1"] == 1
 
 
 # ---- evaluation: the whole program ---------------------------------------------------------------
