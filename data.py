@@ -90,9 +90,10 @@ def data_folder(name: str) -> Path:
 
 def flag(default, help: str, positional=False, **rules):
     """A dataclass's field that is a flag. rules: choices, at_least, above, at_most."""
-    notes = [f"{name.replace('_', ' ')} {value}" for name, value in rules.items()]
+    limits = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in rules.items())
+    notes = [limits] if limits and "choices" not in rules else []
     notes += [f"default: {default}"] if default not in ("", []) else []
-    rules |= dict(default=default, positional=positional, range=", ".join(notes) or "a number",
+    rules |= dict(default=default, positional=positional, range=limits or "a number",
                   help=f"{help} ({', '.join(notes)})" if notes else help)
     return dataclasses.field(default_factory=lambda: type(default)(default), metadata=rules)
 
@@ -449,7 +450,6 @@ def reading(path, expected: str):
     """Gives an iterator over the lines of a file that are not blank. What is raised where they are
     not what is expected becomes a UserError of one line, with the number of the last one taken."""
     number = 0
-
     def lines():
         nonlocal number
         # Not splitlines(), which would also cut at U+2028 and its like, legal inside a JSON string.
