@@ -566,17 +566,6 @@ def rows_by_name(names) -> dict[str, int]:
     return rows | {name: row for row, name in enumerate(names)}
 
 
-def read_benchmark(folder):
-    """(gallery, pairs, class names, {picture: class index}) of shards and questions beside."""
-    gallery, file = list_pictures(folder), Path(folder) / "zeroshot.json"
-    pairs = read_records(Path(folder) / "pairs.jsonl", ["query", "paraphrase", "kind"])
-    with reading(file, "classnames: [names], labels: {key: index}") as lines:
-        zeroshot = json.loads("\n".join(lines))
-        names = [well_formed(name) for name in zeroshot["classnames"]]
-        labels = {key: range(len(names))[i] for key, i in zeroshot["labels"].items()}
-    return gallery, pairs, names, {key: i for key, i in labels.items() if key in gallery}
-
-
 def read_zeroshot(source: str, classnames: str = ""):
     """(gallery, class names, {picture: class index}) of a folder of class folders, imagenet:ROOT
     (those of ROOT/val), cifar10:ROOT or cifar100:ROOT (torchvision's test sets). Names: the lines

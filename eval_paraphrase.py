@@ -456,10 +456,9 @@ def read_tasks(cfg: EvalConfig) -> list[tuple[dict, partial]]:
         labelled, classes, labels = data.read_zeroshot(cfg.zeroshot, cfg.classnames)
     templates = data.read_templates(cfg.templates) if cfg.templates else TEMPLATES
     if not (cfg.images or triplets or sts or labels):
-        if cfg.benchmark == "emoji":
-            data.find_shards("emoji")  # draws it the first time
-        split, folder = cfg.split, data.data_folder(cfg.benchmark)
-        gallery, pairs, classes, labels = data.read_benchmark(folder / split)
+        from benchmark import read_benchmark  # here: other measurements do without that folder
+        split = cfg.split
+        gallery, pairs, classes, labels = read_benchmark(cfg.benchmark, split)
         labelled = gallery
     if cfg.images:
         gallery, named = data.list_pictures(cfg.images), set(captions)

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 import data
 import eval_paraphrase
 import paraclip
-from benchmark import ablation, curve, emoji_scenes, laptop, speed
+from benchmark import ablation, curve, emoji_scenes, laptop, read_benchmark, speed
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3)
@@ -69,7 +69,7 @@ def test_the_default_run_and_its_evaluation(root, tmp_path, monkeypatch, capsys)
     report, = evaluate()
     one, two = evaluate("runs/emoji-align", "runs/emoji-align/model.pt")
     assert report == one and two["diff"]["kinds"]["template"]["ao_ci"] == [0, 0]
-    gallery, pairs, names, labels = data.read_benchmark("data/emoji/test")
+    gallery, pairs, names, labels = read_benchmark(os.path.abspath("data/emoji"), "test")
     assert (report["split"], report["k"], report["gallery"]) == ("test", 10, 24) == (
         "test", 10, len(gallery))
     kinds = Counter(pair["kind"] for pair in pairs)

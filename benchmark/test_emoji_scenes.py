@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-from benchmark import emoji_scenes
+from benchmark import emoji_scenes, read_benchmark
 from benchmark.emoji_scenes import CONTRAST, GLYPH_SIZE, MARGIN, SCENE_SIZE, draw_scene
 
 SMALL = dict(train=60, gallery=40)
@@ -107,7 +107,7 @@ def test_pairs_say_the_same_as_the_caption_of_their_picture(records, scenes):
     second = {record.name: record.paraphrase for record in records}
     training = set(captions_in(scenes / "train").values())
     for split in ("val", "test"):
-        gallery, pairs, classnames, labels = data.read_benchmark(scenes / split)
+        gallery, pairs, classnames, labels = read_benchmark(scenes, split)
         captions = captions_in(scenes / split)
         assert list(gallery) == list(captions)
         assert len({(pair["image"], pair["kind"]) for pair in pairs}) == len(pairs)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import data
 import eval_paraphrase
-from benchmark import photos
+from benchmark import photos, read_benchmark
 
 # WordNet's lemmas of a few classes; what is asked for stands first in each second list.
 WORDS = {
@@ -77,7 +77,7 @@ def test_second_names_follow_the_rules():
 def test_no_second_name_and_no_asked_wording_stands_in_a_training_caption(written):
     index = data.ShardIndex(str(written / "train"))
     captions = {" ".join(photos.words_of(index.caption(i))) for i in range(len(index))}
-    pairs = data.read_benchmark(written / "val")[1]
+    pairs = read_benchmark(written, "val")[1]
     for name in (name for _, names in WORDS.values() for name in names):
         assert any(pair["paraphrase"].endswith(name) for pair in pairs)
         assert not any(photos.contains(caption, name) for caption in captions)
@@ -97,7 +97,7 @@ def test_captions_name_their_own_picture_and_galleries_are_apart(source, written
         order.append(grey)
     assert set(seen.values()) == {12} and order != sorted(order)
     for split in ("val", "test"):
-        gallery, pairs, names, labels = data.read_benchmark(written / split)
+        gallery, pairs, names, labels = read_benchmark(written, split)
         found = greys(written / split)
         assert len(gallery) == len(WORDS) * len(NUMBERS) / 2
         assert all(names[labels[key]] == first[grey - 1] for key, grey in found.items())

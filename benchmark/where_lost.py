@@ -11,6 +11,7 @@ import numpy as np
 
 import data
 import eval_paraphrase as evaluation
+from benchmark import read_benchmark
 from paraclip import ParaCLIP, load_model
 
 SETTINGS = evaluation.EvalConfig(batch_size=256)
@@ -30,7 +31,7 @@ def search_captions(model: ParaCLIP, folder: Path) -> dict[str, float]:
 
     folder: a benchmark's split. Features are those of model.encode_text.
     """
-    index, pairs = data.ShardIndex(str(folder)), data.read_benchmark(folder)[1]
+    index, pairs = data.ShardIndex(str(folder)), read_benchmark(folder.parent, folder.name)[1]
     captions = [index.caption(i) for i in range(len(index))]
     texts = [pair[side] for side in ("query", "paraphrase") for pair in pairs]
     features = evaluation.embed_texts(model, captions + texts, SETTINGS)
