@@ -123,7 +123,8 @@ def parse_config(cls, argv=None, recipes: dict = {}):
     parser.error = refuse
     for field in dataclasses.fields(cls):
         rules, kind = field.metadata, type(field.metadata["default"])
-        options = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "*"}}
+        options = {bool: {"action": argparse.BooleanOptionalAction},
+                   list: {"nargs": "*" if rules["positional"] else "+"}}
         options = options.get(kind, {"type": kind, "choices": rules.get("choices")})
         name = field.name if rules["positional"] else f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, help=rules["help"].replace("%", "%%"), **options)

@@ -74,7 +74,7 @@ class Config:
     batch_size: int = flag(256, "pairs in the softmax, over all ranks", at_least=2)
     accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
     optimizer: str = flag("muon", "of the towers' matrices", choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "AdamW's, at its peak; Muon's is 10 times it", above=0, at_most=100)
+    lr: float = flag(1e-3, "AdamW's, at its peak; Muon's is in proportion", above=0, at_most=100)
     lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0, at_most=1)
     weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)

@@ -1,7 +1,7 @@
 """Real photographs: Tiny ImageNet, asked for by WordNet's second names of its classes.
 
     python -m benchmark.photos tiny-imagenet-200     # the folder as its zip unpacks
-    python -m benchmark.ablation --data photos -- --steps 600
+    python -m benchmark.ablation --data photos --out runs/photos -- --steps 600
 
 writes train/, val/ and test/ below $PARACLIP_DATA/photos (without it shards/photos): ordinary
 shards, and for the two galleries, which halve the official validation photographs, pairs.jsonl and
