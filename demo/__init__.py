@@ -1,0 +1,1 @@
+"""The embedded default data, and the drawing of what queries find."""

@@ -1,0 +1,322 @@
+"""A table from one command: each way to use the language model, trained, measured, averaged.
+
+    python -m experiments.ablation                            # the emoji scenes
+    python -m experiments.ablation --data flickr8k --sts stsb-dev.csv --equal-time --jobs 2
+    python -m experiments.ablation --split val --rows align --seeds 0 -- --steps 900
+
+What stands after -- is passed to every training. A run lies in OUT/ROW-SEED. The same command again
+resumes what was interrupted, skips what is finished, and prints the tables: Markdown, values x100,
+mean ± standard deviation over seeds. The last line of the output is the same as JSON.
+"""
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+from data import UserError, flag
+from demo.emoji_scenes import emoji_folder
+from experiments.where_lost import search_captions, text_columns, without_training
+
+# The flags of paraclip.py that make a row.
+ROWS = {
+    "scratch": ["--text", "scratch"],
+    "finetune": ["--text", "finetune"],
+    "frozen": ["--text", "frozen"],
+    "align": ["--text", "align"],
+    "geometry": ["--text", "align", "--geometry", "2"],
+}
+# Further flags, by the name of the data set: those of all rows, then those of a row. They were
+# chosen on the val split, for each row by itself, so that a baseline that loses loses at its best.
+SETTINGS = {
+    "emoji": {},
+    "flickr8k": {"all": ["--steps", "300"]},
+}
+
+
+@dataclass
+class AblationConfig:
+    rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)} (default: all)")
+    seeds: list[str] = flag([], "seeds of the trainings (default: 0 1 2)")
+    data: str = flag("emoji", "a folder in $PARACLIP_DATA, or its path, with train/, val/, test/")
+    split: str = flag("test", "what is measured on; val is for choices", choices=("test", "val"))
+    sts: str = flag("", "file for eval_paraphrase.py")
+    triplets: list[str] = flag([], "files for eval_paraphrase.py")
+    out: str = flag("", "folder of the run folders (default: runs/ablation-<data>)")
+    equal_time: bool = flag(False, "also train each row for as long as align takes")
+    where_lost: bool = flag(False, "also let the text towers search captions instead of images")
+    jobs: int = flag(1, "trainings at once, each with one thread on a core of its own", at_least=1)
+    json: str = flag("", "file for the JSON that also ends the output")
+
+    def __post_init__(self):
+        data.check_ranges(self)
+        self.rows = self.rows or list(ROWS)
+        self.seeds = self.seeds or ["0", "1", "2"]
+        self.out = self.out or f"runs/ablation-{Path(self.data).name}"
+        for row in self.rows:
+            if row not in ROWS:
+                raise UserError(f"--rows {row}: expected some of {' '.join(ROWS)}")
+        if self.equal_time and "align" not in self.rows:
+            raise UserError("--equal-time needs align among --rows, whose time the others get")
+
+    def folder(self) -> Path:
+        """The folder of the benchmark. The emoji scenes are drawn the first time."""
+        return emoji_folder() if self.data == "emoji" else data.data_folder(self.data)
+
+
+# ---- train and measure ---------------------------------------------------------------------------
+def run_program(program: str, *argv):
+    """Runs a program of this repository without its output. Raises UserError if it fails."""
+    command = ["python", program, *map(str, argv)]
+    print("$", *command, file=sys.stderr, flush=True)
+    command = [sys.executable, str(Path(__file__).parents[1] / program), *command[2:]]
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if status:
+        raise UserError(f"`python {program} {' '.join(map(str, argv))}` ended in status {status}")
+
+
+def content_hash(paths: list[Path]) -> str:
+    """Of the content of these files, and of all files in these folders, wherever they lie."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if not file.is_dir():
+                with open(file, "rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
+    """{name: flags of eval_paraphrase.py}. A name tells the content of the files measured with, so
+    that a kept measurement is used again for the same files only."""
+    folder = cfg.folder() / cfg.split
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; $PARACLIP_DATA is where data sets lie")
+    chosen = {f"{cfg.split}-{content_hash([folder])}":
+              ["--benchmark", cfg.data, "--split", cfg.split]}
+    flags = []
+    if cfg.sts:
+        flags += ["--sts", cfg.sts]
+    if cfg.triplets:
+        flags += ["--triplets", *cfg.triplets]
+    if flags:
+        files = [Path(file) for file in (cfg.sts, *cfg.triplets) if file]
+        # STS and triplets have different results for the same content.
+        chosen[f"sts-{bool(cfg.sts)}-{content_hash(files)}"] = flags
+    return chosen
+
+
+def reports_of(run: Path, measured: dict[str, list[str]]) -> list[Path]:
+    """The JSON files of a finished run's measurements, named also by what was trained."""
+    model = content_hash([run / "model.pt"])
+    return [run / f"{name}-{model}.json" for name in measured]
+
+
+def train_and_measure(cfg: AblationConfig, measured: dict, extra: list[str], row: str, seed: str,
+                      steps: int) -> Path:
+    """The run folder, trained and measured. steps: 0 for what the other flags say."""
+    run = Path(cfg.out, f"{row}-{seed}-{steps}" if steps else f"{row}-{seed}")
+    settings = SETTINGS.get(Path(cfg.data).name, {})
+    flags = [*ROWS[row], *settings.get("all", []), *settings.get(row, []), *extra]
+    if steps:
+        flags += ["--steps", steps]
+    shards = "emoji" if cfg.data == "emoji" else cfg.folder() / "train"
+    run_program("paraclip.py", "--data", shards, "--seed", seed, "--out", run, *flags)
+    for report, flags in zip(reports_of(run, measured), measured.values()):
+        if not report.exists():
+            run_program("eval_paraphrase.py", run, *flags, "--json", report)
+    return run
+
+
+def complete(cfg: AblationConfig, measured: dict, extra: list[str],
+             steps: dict[str, int]) -> dict[str, list[Path]]:
+    """{row: its run folders, one for each seed}. steps: {row: steps}, for a row that is not in it
+    what the flags say."""
+    cores = []
+    if cfg.jobs > 1:
+        if cfg.jobs > data.usable_cores() or not hasattr(os, "sched_setaffinity"):
+            raise UserError(f"--jobs {cfg.jobs}: cannot assign so many cores here")
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+    def take_core():
+        # On Linux this is the calling thread's affinity. The programs that it starts inherit it.
+        if cores:
+            os.sched_setaffinity(0, {cores.pop()})
+
+    # A thread even for a single job, so that the cores of this process itself stay as they are.
+    with ThreadPoolExecutor(cfg.jobs, initializer=take_core) as pool:
+        futures = {}
+        for seed in cfg.seeds:
+            for row in cfg.rows:
+                job = cfg, measured, extra, row, seed, steps.get(row, 0)
+                futures.setdefault(row, []).append(pool.submit(train_and_measure, *job))
+        try:
+            return {row: [future.result() for future in futures[row]] for row in cfg.rows}
+        except BaseException:
+            # Without this the jobs that have not begun would still be done.
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# ---- read and average ----------------------------------------------------------------------------
+def steps_and_rate(run: Path) -> tuple[int, float]:
+    """(steps, steps a second) of a finished run; the median, as other work may disturb a part."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    return log[-1]["step"], statistics.median(row["images_per_s"] for row in log) / batch_size
+
+
+def training_seconds(runs: list[Path]) -> float:
+    """Mean over the runs, without what comes before the first step."""
+    seconds = []
+    for run in runs:
+        steps, rate = steps_and_rate(run)
+        seconds.append(steps / rate)
+    return statistics.fmean(seconds)
+
+
+def steps_within(seconds: float, runs: list[Path]) -> int:
+    """Steps that fit into these seconds, to the nearest ten, at the rate of these runs."""
+    rate = statistics.median(steps_and_rate(run)[1] for run in runs)
+    return 10 * max(1, round(seconds * rate / 10))
+
+
+def read_report(run: Path, measured: dict) -> dict:
+    report = {}
+    for path in reports_of(run, measured):
+        report.update(json.loads(path.read_text())[0])
+    return report
+
+
+def kinds_of(report: dict) -> list[tuple[str, dict]]:
+    """[(kind of pair, its results)], the headline first."""
+    headline = report["headline"]
+    others = [kind for kind in report["kinds"] if kind != headline]
+    return [(kind, report["kinds"][kind]) for kind in (headline, *others)]
+
+
+def columns(run: Path, report: dict) -> dict[str, float]:
+    """{column: value} of a run for the main table; what was not measured is absent."""
+    found = {}
+    for kind, values in kinds_of(report):
+        found[f"AO@10 {kind}"] = 100 * values["ao"]
+        found[f"AO@1 {kind}"] = 100 * values["ao1"]
+    found["AO@10 unrelated"] = 100 * report["ao_random"]
+    if "recall" in report:
+        found["R@10"] = 100 * report["recall"]["t2i@10"]
+    if "query_recall" in report:
+        # Where a benchmark has captions, "recall" is theirs.
+        found["R@10 query"] = 100 * report["query_recall"]["t2i@10"]
+    if "paraphrase_recall" in report:
+        found["R@10 paraphrase"] = 100 * report["paraphrase_recall"]["t2i@10"]
+    if "zeroshot" in report:
+        found["zero-shot top-1"] = 100 * report["zeroshot"]["top1"]
+    found.update(text_columns(report))
+    found["training, s"] = training_seconds([run])
+    weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)["model"]
+    found["weights trained"] = sum(weight.numel() for weight in weights.values())
+    return found
+
+
+def details(run: Path, report: dict) -> dict[str, float]:
+    """{column: value} of a run for the second table."""
+    found = {}
+    for kind, values in kinds_of(report):
+        low, high = values["ao_ci"]
+        found[f"AO@10 {kind}, half interval"] = 100 * (high - low) / 2
+        found[f"JS@10 {kind}"] = 100 * values["js"]
+    found["JS@10 unrelated"] = 100 * report["js_random"]
+    for name in ("t2i@1", "t2i@5", "i2t@10"):
+        if name in report.get("recall", {}):
+            found[name] = 100 * report["recall"][name]
+    if "zeroshot" in report:
+        found["zero-shot top-5"] = 100 * report["zeroshot"]["top5"]
+    found["steps"] = steps_and_rate(run)[0]
+    return found
+
+
+def average(runs: list[dict[str, float]]) -> dict[str, dict]:
+    """{column: {mean, sd, values}} over seeds; sd is that of a sample, 0 for a single run."""
+    averages = {}
+    for column in runs[0]:
+        values = [float(run[column]) for run in runs]
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        averages[column] = {"mean": statistics.fmean(values), "sd": sd, "values": values}
+    return averages
+
+
+def print_table(title: str, table: dict[str, dict]):
+    """table: {row: {column: {mean, sd}}}. A row may lack columns."""
+    names = []
+    for row in table.values():
+        names += [name for name in row if name not in names]
+    print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+    for row, values in table.items():
+        cells = [row]
+        for name in names:
+            digits = 0 if name in ("training, s", "weights trained", "steps") else 1
+            cell = f"{values[name]['mean']:,.{digits}f}" if name in values else ""
+            if name in values and values[name]["sd"]:
+                cell += f" ±{values[name]['sd']:,.{digits}f}"
+            cells.append(cell)
+        print(f"| {' | '.join(cells)} |")
+
+
+def split_argv(argv) -> tuple[list[str], list[str]]:
+    """The flags before --, and those after it."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    return argv[:end], argv[end + 1:]
+
+
+def main(argv=None):
+    own_flags, extra = split_argv(argv)
+    cfg = data.parse_config(AblationConfig, own_flags)
+    measured = measurements(cfg)
+    runs = {"equal steps": complete(cfg, measured, extra, {})}
+    if cfg.equal_time:
+        base = runs["equal steps"]
+        seconds = training_seconds(base["align"])
+        steps = {row: steps_within(seconds, base[row]) for row in cfg.rows if row != "align"}
+        runs["equal time"] = complete(cfg, measured, extra, steps)
+
+    tables = {}
+    for title, folders in runs.items():
+        tables[title], tables[f"{title}, details"] = {}, {}
+        for row in cfg.rows:
+            reports = [(run, read_report(run, measured)) for run in folders[row]]
+            tables[title][row] = average([columns(*report) for report in reports])
+            tables[f"{title}, details"][row] = average([details(*report) for report in reports])
+    if cfg.where_lost:
+        split = cfg.folder() / cfg.split
+        table = {row: average([search_captions(run, split) for run in folders])
+                 for row, folders in runs["equal steps"].items()}
+        frozen_rows = [row for row in cfg.rows if row not in ("scratch", "finetune")]
+        if frozen_rows:
+            run = runs["equal steps"][frozen_rows[0]][0]
+            found = without_training(run, split, cfg.sts, cfg.triplets)
+            table["the language model alone"] = average([found])
+        tables["searching captions"] = table
+
+    for title, table in tables.items():
+        print_table(title, table)
+    if cfg.jobs > 1:
+        print(f"\nSeconds are those of {cfg.jobs} trainings at once, on a core each.")
+    if cfg.json:
+        with data.atomic_write(cfg.json) as file:
+            file.write(json.dumps(tables, indent=1).encode() + b"\n")
+    print(json.dumps(tables))
+
+
+if __name__ == "__main__":
+    data.run(main)

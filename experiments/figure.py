@@ -1,0 +1,58 @@
+"""The README's figure: what two models find for a query and for its paraphrase.
+
+    python -m experiments.figure runs/ablation-emoji/scratch-0 runs/ablation-emoji/align-0 \\
+        --labels "CLIP-style text tower" "frozen LM + alignment layers" --figure assets/figure.png
+
+Draws a gallery in which every query has six correct images: each emoji that has a synonym stands
+alone in six scenes, with other sizes, places and backgrounds. Then it runs eval_paraphrase.py on
+it, with the flags given; the figure shows the pair of median gain.
+"""
+
+import io
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import eval_paraphrase
+from data import atomic_write, run
+from demo.emoji_scenes import (caption_of, draw_glyphs, draw_scene, emoji_names, rephrase)
+
+SCENES_PER_EMOJI = 6
+
+
+def write_gallery(folder: Path):
+    """Writes images/*.png and pairs.jsonl: a query by name and one by synonym for each emoji."""
+    (folder / "images").mkdir(parents=True)
+    rng = random.Random(0)
+    emoji_list = emoji_names()
+    glyphs = draw_glyphs([emoji.char for emoji in emoji_list])
+    pairs = []
+    for number, (emoji, glyph) in enumerate(zip(emoji_list, glyphs)):
+        paraphrases = rephrase([emoji], "single", "{}", "{0}", rng)
+        if "synonym" not in paraphrases:
+            continue
+        names = [f"{number:04d}-{scene}.png" for scene in range(SCENES_PER_EMOJI)]
+        for name in names:
+            image = draw_scene([glyph], "single", rng)
+            png = io.BytesIO()
+            image.save(png, "PNG")
+            with atomic_write(folder / "images" / name) as file:
+                file.write(png.getvalue())
+        pairs.append({"query": caption_of("{}", "{0}", [emoji.name]),
+                      "paraphrase": paraphrases["synonym"], "images": names, "kind": "synonym"})
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (folder / "pairs.jsonl").write_text("".join(lines))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    with tempfile.TemporaryDirectory() as folder:
+        write_gallery(Path(folder, "gallery"))
+        eval_paraphrase.main([*argv, "--pairs", f"{folder}/gallery/pairs.jsonl",
+                              "--images", f"{folder}/gallery/images"])
+
+
+if __name__ == "__main__":
+    run(main)

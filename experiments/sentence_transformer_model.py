@@ -1,0 +1,28 @@
+"""A sentence-transformers model with images and texts, such as clip-ViT-B-32:
+
+    SENTENCE_TRANSFORMER=clip-ViT-B-32 \\
+        python eval_paraphrase.py experiments/sentence_transformer_model.py:Model --pairs ...
+
+SENTENCE_TRANSFORMER is a name or a folder.
+"""
+
+import os
+
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+
+class Model:
+    def __init__(self):
+        self.model = SentenceTransformer(os.environ["SENTENCE_TRANSFORMER"])
+
+    def preprocess(self, image):
+        return self.model.preprocess([image])["pixel_values"][0]
+
+    def encode_image(self, pixels):
+        features = self.model({"pixel_values": pixels.to(self.model.device), "modality": "image"})
+        return features["sentence_embedding"]
+
+    def encode_text(self, texts):
+        return self.model.encode(texts, show_progress_bar=False)

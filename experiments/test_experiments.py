@@ -1,0 +1,439 @@
+"""Tests of the experiments, with a tiny model and a handful of images."""
+
+import concurrent.futures
+import csv
+import io
+import json
+import multiprocessing
+import os
+import string
+import sys
+import tarfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import data
+import eval_paraphrase
+import paraclip
+from data import UserError
+from experiments import ablation, curve, flickr8k, speed, where_lost
+
+TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
+            batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARACLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PARACLIP_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(speed, "timed_for_a_second", lambda work: speed.timed(work, 1))
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory) -> str:
+    """A folder with a tiny BERT that reads letters."""
+    folder, letters = tmp_path_factory.mktemp("lm"), string.ascii_lowercase
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2,
+                                     num_attention_heads=2, intermediate_size=128)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return str(folder)
+
+
+def flags(**fields) -> list[str]:
+    argv = []
+    for name, value in fields.items():
+        argv += [f"--{name.replace('_', '-')}", str(value)]
+    return argv
+
+
+# ---- Flickr8k ------------------------------------------------------------------------------------
+ANIMALS = ["dog", "cat", "horse", "bird", "duck", "sheep"]
+# Images 0 to 39: 30 to 34 are the official dev set, 35 to 39 the official test set.
+CAPTIONS = {f"{i}.jpg": [f"A {ANIMALS[i % 6]} in park {i} , photo {n} ." for n in range(5)]
+            for i in range(40)}
+
+
+def sick_row(a, b, image, original=None, relation="entails", score=4.8):
+    original = original or CAPTIONS[f"{image}.jpg"][0].lower().replace(" .", "")
+    return dict(sentence_A=a, sentence_B=b, entailment_AB=f"A_{relation}_B",
+                entailment_BA=f"B_{relation}_A", relatedness_score=score,
+                sentence_A_original=original, sentence_B_original=original,
+                sentence_A_dataset="FLICKR", sentence_B_dataset="FLICKR")
+
+
+SICK = [
+    sick_row("A dog is leaping", "A dog is jumping", 0),
+    sick_row("A duck is being eaten by a cat", "A cat is eating a duck", 36),
+    sick_row("A cat is asleep", "The cat is asleep", 31),
+    sick_row("A horse runs to a lake", "A horse runs to a river", 38),
+    sick_row("A dog is small", "A dog is big", 1, relation="contradicts"),
+    sick_row("A dog is small", "A dog is little", 1, score=4.4),
+    sick_row("There is no dog", "There is no hound", 1),
+    sick_row("A man is slicing", "A man is cutting", 0, original="a video of a man"),
+]
+
+
+@pytest.fixture()
+def official(tmp_path):
+    """Flickr8k's and SICK's files. Image 2 has the bytes of 35, image 3 is large, 4 is missing."""
+    folder = tmp_path / "official"
+    (folder / "Images").mkdir(parents=True)
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"Images/{i}.jpg")
+    (folder / "Images/2.jpg").write_bytes((folder / "Images/35.jpg").read_bytes())
+    Image.new("RGB", (600, 300)).save(folder / "Images/3.jpg")
+    (folder / "Images/4.jpg").unlink()
+    lines = []
+    for name, texts in CAPTIONS.items():
+        lines += [f"{name}#{n}\t{text}\r\n" for n, text in enumerate(texts)]
+    (folder / "Flickr8k.token.txt").write_text("".join(lines), newline="")
+    for split, numbers in (("dev", range(30, 35)), ("test", range(35, 40))):
+        names = "\n".join(f"{i}.jpg" for i in numbers)
+        (folder / f"Flickr_8k.{split}Images.txt").write_text(names)
+    with open(folder / "SICK.txt", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(SICK[0]), delimiter="\t", quoting=csv.QUOTE_NONE)
+        writer.writeheader()
+        writer.writerows(SICK)
+    return folder
+
+
+@pytest.fixture()
+def benchmark(official, tmp_path):
+    """The folder with train/, val/ and test/."""
+    return write_benchmark(official, tmp_path / "tiny")
+
+
+def write_benchmark(official, out, *argv):
+    flickr8k.main([str(official), str(official / "SICK.txt"), "--out", str(out), *argv])
+    return out
+
+
+def read_shards(folder) -> dict[str, bytes]:
+    members = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members |= {member.name: tar.extractfile(member).read() for member in tar}
+    return members
+
+
+def images_in(folder) -> set[str]:
+    return {name.removesuffix(".jpg") for name in read_shards(folder) if name.endswith(".jpg")}
+
+
+def read_pairs(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("first, second, kind", [
+    ("A black dog is leaping", "A black dog is jumping", "words"),
+    ("A dog is on a paved road", "A dog is on a road", "words"),
+    ("A dog chases a ball", "A ball lies near a wet dog", "words"),
+    ("The dog is catching a ball", "A ball is being caught by the dog", "order"),
+    ("A child, who is young, is asleep", "A young child is asleep", "order"),
+    ("A road covered by snow", "A snowy road", "order"),
+    ("A dog in a park", "The dog in the park .", "article"),
+    ("A dog runs", "A dog is running", "article"),
+    ("A dog runs .", "a dog runs", "")])
+def test_kind_of_a_pair(first, second, kind):
+    assert flickr8k.kind_of(first, second) == flickr8k.kind_of(second, first) == kind
+
+
+def test_held_out_images_are_not_trained_on(benchmark):
+    # SICK has 0, 1, 31, 36 and 38. 2 has the bytes of a test image, 4 is not there.
+    assert images_in(benchmark / "test") == {"0", "1", "31", *map(str, range(35, 40))}
+    assert images_in(benchmark / "val") == {"30", "32", "33", "34"}
+    assert images_in(benchmark / "train") == {str(i) for i in range(30)} - {"0", "1", "2", "4"}
+
+
+def test_images_of_sts_sentences_are_not_trained_on(official, tmp_path):
+    file = tmp_path / "sts.csv"
+    file.write_text(f'"{CAPTIONS["7.jpg"][2]}",a dog,3.0\n')
+    out = write_benchmark(official, tmp_path / "tiny", "--sts", str(file))
+    assert "7" in images_in(out / "test") and "7" not in images_in(out / "train")
+
+
+def test_pairs_are_those_that_people_judged_equal(benchmark):
+    pairs = read_pairs(benchmark / "test")
+    pairs = [(pair["query"], pair["image"], pair["kind"]) for pair in pairs]
+    assert pairs == [("A dog is leaping", "0", "words"),
+                     ("A horse runs to a lake", "38", "words"),
+                     ("A duck is being eaten by a cat", "36", "order"),
+                     ("A cat is asleep", "31", "article")]
+
+
+def test_val_pairs_come_from_captions_alone():
+    captions = {"x.jpg": ["A black dog leaps .", "A black dog jumps .", "a hat", "a cap", "a bag"]}
+    pairs = {pair["kind"]: pair["paraphrase"] for pair in flickr8k.val_pairs(captions)}
+    assert pairs == {"words": "A black dog jumps .", "article": "The black dog leaps ."}
+
+
+def test_captions_that_differ_more_make_no_pair():
+    captions = {"x.jpg": ["some hats", "some caps"],
+                "y.jpg": ["Two dogs leap", "Two dogs leap high"]}
+    assert flickr8k.val_pairs(captions) == []
+
+
+def test_val_rewrites_keep_the_meaning():
+    assert flickr8k.with_clause("A red ball in a net") == "A ball which is red in a net"
+    assert flickr8k.with_clause("A red ball cap") == "A red ball cap"
+
+
+def test_a_sample_has_all_its_captions(benchmark):
+    caption = json.loads(read_shards(benchmark / "train")["5.json"])["caption"]
+    assert caption == [" ".join(text.split()) for text in CAPTIONS["5.jpg"]]
+
+
+def test_recall_is_over_official_test_images(benchmark):
+    coco = eval_paraphrase.read_captions(benchmark / "test/captions.json")
+    assert sorted(coco) == ["35", "36", "37", "38", "39"] and len(coco["35"]) == 5
+
+
+def test_only_large_images_are_made_smaller(official, benchmark):
+    members = read_shards(benchmark / "train")
+    assert members["5.jpg"] == (official / "Images/5.jpg").read_bytes()
+    assert Image.open(io.BytesIO(members["3.jpg"])).size == (512, 256)
+
+
+def test_the_same_bytes_on_every_run(official, benchmark, tmp_path):
+    again = write_benchmark(official, tmp_path / "again")
+    for path in benchmark.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(benchmark)).read_bytes()
+
+
+def test_kaggles_layout_gives_the_same_benchmark(official, benchmark, tmp_path):
+    (official / "Flickr8k.token.txt").unlink()
+    with open(official / "captions.txt", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for name, texts in CAPTIONS.items():
+            writer.writerows([name, text] for text in texts)
+    again = write_benchmark(official, tmp_path / "again")
+    assert read_shards(again / "train") == read_shards(benchmark / "train")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["{tmp}/nowhere", "{tmp}/official/SICK.txt"], "expected Images/"),
+    (["{tmp}/official", "{tmp}/official/Flickr8k.token.txt"], "sentence_A_original"),
+    (["{tmp}/official", "{tmp}/official/SICK.txt", "--out", "{tmp}/official"], "there already")])
+def test_wrong_files_are_named(official, tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        flickr8k.main([part.format(tmp=tmp_path) for part in argv])
+
+
+# ---- ablation ------------------------------------------------------------------------------------
+@pytest.fixture()
+def programs(monkeypatch):
+    """paraclip.py and eval_paraphrase.py run in this process; the latter's calls are listed."""
+    measured = []
+
+    def run_program(name, *argv):
+        argv = [str(argument) for argument in argv]
+        if name == "paraclip.py":
+            paraclip.main(argv)
+        else:
+            measured.append(argv)
+            eval_paraphrase.main([*argv, "--workers", "0"])
+
+    class Pool:
+        """Works in the calling thread, as only the main thread can catch signals."""
+
+        def __init__(self, jobs, initializer):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, work, *argv):
+            future = concurrent.futures.Future()
+            future.set_result(work(*argv))
+            return future
+
+    monkeypatch.setattr(ablation, "run_program", run_program)
+    monkeypatch.setattr(ablation, "ThreadPoolExecutor", Pool)
+    return measured
+
+
+def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys):
+    sts = tmp_path / "dev.csv"
+    sts.write_text("a dog,a cat,1\na dog,a hound,5\na cat,a kitten,4\n")
+    argv = [*flags(data=benchmark, out=tmp_path / "runs", sts=sts), "--rows", "frozen", "align",
+            "--seeds", "0", "1", "--"]
+    argv += flags(**TINY | dict(lm=lm))
+    ablation.main(["--where-lost", *argv])
+    printed = capsys.readouterr().out
+    tables = json.loads(printed.splitlines()[-1])
+
+    # The table has the mean over seeds of what eval_paraphrase.py has reported.
+    assert len(programs) == 2 * 2 * 2
+    values = []
+    for seed in (0, 1):
+        report = next((tmp_path / f"runs/align-{seed}").glob("test-*.json"))
+        values.append(100 * json.loads(report.read_text())[0]["kinds"]["order"]["ao"])
+    cell = tables["equal steps"]["align"]["AO@10 order"]
+    assert (cell["mean"], cell["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert f"| {np.mean(values):.1f}" in printed
+    assert "the language model alone" in tables["searching captions"]
+
+    # What is finished is measured again only where the content of a file has changed.
+    ablation.main(argv)
+    assert len(programs) == 8
+    sts.write_text("a dog,a cat,5\na dog,a hound,1\na cat,a kitten,4\n")
+    ablation.main(argv)
+    assert len(programs) == 12 and all("--sts" in call for call in programs[8:])
+    with open(benchmark / "test/pairs.jsonl", "a") as file:
+        file.write(json.dumps(read_pairs(benchmark / "test")[0]) + "\n")
+    ablation.main(argv)
+    assert len(programs) == 16 and all("--benchmark" in call for call in programs[12:])
+
+
+def test_a_row_has_settings_of_its_own(benchmark, monkeypatch, tmp_path):
+    settings = {"tiny": {"all": ["--steps", "7"], "scratch": ["--lr", "0.5"]}}
+    monkeypatch.setattr(ablation, "SETTINGS", settings)
+    monkeypatch.setattr(ablation, "reports_of", lambda run, measured: [])
+    calls = []
+    monkeypatch.setattr(ablation, "run_program", lambda name, *argv: calls.append(argv))
+    cfg = ablation.AblationConfig(data=str(benchmark), rows=["scratch", "align"], seeds=["0"])
+    ablation.complete(cfg, {}, ["--width", "8"], {})
+    assert calls[0][-8:] == ("--text", "scratch", "--steps", "7", "--lr", "0.5", "--width", "8")
+    assert calls[1][-6:] == ("--text", "align", "--steps", "7", "--width", "8")
+
+
+def test_retrained_weights_are_measured_again(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"one")
+    before = ablation.reports_of(tmp_path, {"test": []})
+    (tmp_path / "model.pt").write_bytes(b"two")
+    assert ablation.reports_of(tmp_path, {"test": []}) != before
+
+
+def test_equal_time_is_counted_from_logs(tmp_path):
+    log = [{"step": 10 * i, "images_per_s": rate} for i, rate in enumerate((60, 20, 10), 8)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (tmp_path / "config.json").write_text('{"batch_size": 4}')
+    assert ablation.training_seconds([tmp_path]) == 20  # 100 steps, 5 a second
+    assert ablation.steps_within(7.9, [tmp_path]) == 40
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--rows", "align", "thawed"], "--rows thawed"),
+    (["--rows", "frozen", "--equal-time"], "--equal-time needs align"),
+    (["--data", "/nowhere"], "no such folder")])
+def test_wrong_flags_are_told(argv, message):
+    with pytest.raises(UserError, match=message):
+        ablation.main(argv)
+
+
+def test_a_failed_program_is_named():
+    with pytest.raises(UserError, match="python nothing.py --x` ended in status 2"):
+        ablation.run_program("nothing.py", "--x")
+
+
+def test_caption_search_matches_plain_numpy(benchmark):
+    class Letters:
+        def encode_text(self, texts):
+            counts = [[text.lower().count(letter) + 0.1 for letter in string.ascii_lowercase]
+                      for text in texts]
+            return torch.tensor(counts)
+
+    index = data.ShardIndex(str(benchmark / "test"))
+    pair = read_pairs(benchmark / "test")[2]
+    texts = [index.captions(i)[0] for i in range(len(index))]
+    unit = torch.nn.functional.normalize(
+        Letters().encode_text([*texts, pair["query"], pair["paraphrase"]]).double(), dim=1)
+    ranked = np.argsort(-(unit[-2:] @ unit[:-2].T).numpy(), axis=1, kind="stable")[:, :10]
+    k = ranked.shape[1]
+    overlap = np.mean([len({*ranked[0, :d]} & {*ranked[1, :d]}) / d for d in range(1, k + 1)])
+    found = where_lost.overlap_by_kind(Letters(), benchmark / "test")
+    assert found["AO@10 order, captions"] == pytest.approx(100 * overlap)
+
+
+def test_the_curve_needs_matplotlib_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        curve.main([])
+
+
+# ---- speed ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, passes", [("align", 1), ("finetune", 3)])
+def test_flops_are_those_counted_by_hand(lm, text, passes):
+    model = paraclip.ParaCLIP(paraclip.Config(**TINY, lm=lm, text=text))
+    tokens = model.tokenize(["x", "abcdefg"])  # 3 and 9 tokens in rows of 9
+    micro_batches = [(torch.zeros(2, 3, 16, 16), [tokens])] * 2
+
+    def block(T):  # forward: the weights of qkv, proj, fc1, fc2; scores and what they weigh
+        return 2 * T * 12 * 32 ** 2 + 4 * T * T * 32
+
+    projection = 3 * 2 * 32 * 16
+
+    def caption(T):
+        return passes * 2 * block(T) + (3 * block(T) if text == "align" else 0) + projection
+
+    patches = 2 * 2 * 4 * 3 * 8 ** 2 * 32  # twice: nothing asks for the gradient of an image
+    image = patches + 3 * 2 * block(1 + 4) + projection
+    assert speed.pair_flops(model, micro_batches) == (image, (caption(3) + caption(9)) / 2)
+
+
+def rank_of_two(rank: int, argv: list[str], port: int, queue):
+    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2",
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    queue.put(speed.measure(data.parse_config(speed.SpeedConfig, argv)))
+
+
+def check_rates(report: dict, ranks: int):
+    step = report["rows"]["whole_step"]
+    assert step["images_per_s"] == pytest.approx(16 / (step["ms"] / 1000))
+    rate = 1e9 * report["pair_gflops"] * step["images_per_s"] / ranks
+    assert step["mfu"] == pytest.approx(rate / 1e12 / report["product_tflops"])
+    assert 0 < report["data_wait"] < 1 and 0 < report["padding"] < 0.9
+
+
+def test_speed_of_one_process(benchmark, lm, capsys):
+    speed.main([*flags(**TINY | dict(lm=lm, data=benchmark / "train")), "--accum", "2"])
+    check_rates(json.loads(capsys.readouterr().out.splitlines()[-1]), ranks=1)
+
+
+def test_speed_of_the_slower_rank_counts(benchmark, lm):
+    argv = flags(**TINY | dict(lm=lm, data=benchmark / "train"))
+    fork = multiprocessing.get_context("fork")  # spares each process its imports
+    queue, port = fork.Queue(), 20000 + os.getpid() % 10000
+    for rank in (0, 1):
+        fork.Process(target=rank_of_two, args=(rank, argv, port, queue), daemon=True).start()
+    first, second = queue.get(timeout=100), queue.get(timeout=100)
+    check_rates(first, ranks=2)
+    assert first["rows"]["whole_step"]["ms"] == second["rows"]["whole_step"]["ms"]
+
+
+def test_memory_counter_follows_live_tensors():
+    counter = speed.MemoryCounter()
+    with counter:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        del a, b
+        assert counter.alive == 4000
+        del view
+    assert (counter.alive, counter.peak) == (0, 8000)
+
+
+def test_memory_falls_with_ranks_and_accum(lm, monkeypatch):
+    for name in ("FUSED_ATTENTION", "LAYERNORM_IN_BF16", "CAST_FROZEN_LM"):
+        monkeypatch.setattr(paraclip, name, False)  # so that its value is put back after the test
+    cfg = speed.SpeedConfig(**TINY | dict(lm=lm, batch_size=256, optimizer="adamw"))
+    mode = speed.FakeTensorMode()
+    model = speed.fake_model(cfg, mode)
+    peaks = [speed.count_memory(cfg, model, mode, ranks, accum)["peak_gb"]
+             for ranks, accum in ((1, 1), (2, 1), (1, 2))]
+    assert peaks[0] > 1.8 * peaks[1] and peaks[0] > 1.8 * peaks[2]
