@@ -43,7 +43,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 
-# ---- the index: a table of samples ----------------------------------------------------------------
+# ---- the index: a table of samples ---------------------------------------------------------------
 # A row of the table. Members of a tar begin at multiples of 512 bytes, so that 32 bits are enough
 # for the place of a member in a shard of up to 2 TiB.
 BLOCK = tarfile.BLOCKSIZE
@@ -123,7 +123,7 @@ class ShardIndex:
 # ---- the order of samples ------------------------------------------------------------------------
 #   0 1 2 3 4 5 6 7 8 9 ...         samples in storage order; neighbours lie together on disk
 #   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours, BLOCK_BYTES long
-#   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows of about WINDOW samples
+#   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows of WINDOW samples
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
 WINDOW = 24_576
 BLOCK_BYTES = 4 << 20

