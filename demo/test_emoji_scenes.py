@@ -191,9 +191,9 @@ WRITE_SMALL_SET = """
 import sys
 from pathlib import Path
 from demo import emoji_scenes
-names = emoji_scenes.emoji_names()[:60]
+names = emoji_scenes.emoji_names()[:100]
 emoji_scenes.emoji_names = lambda: names
-emoji_scenes.write_emoji(Path(sys.argv[1]), train=30, gallery=30)
+emoji_scenes.write_emoji(Path(sys.argv[1]), train=60, gallery=40)
 """
 
 
@@ -202,8 +202,8 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def test_same_bytes_in_another_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(emoji_scenes, "emoji_names", lambda: EMOJI[:60])
-    emoji_scenes.write_emoji(tmp_path / "here", train=30, gallery=30)
+    monkeypatch.setattr(emoji_scenes, "emoji_names", lambda: EMOJI[:100])
+    emoji_scenes.write_emoji(tmp_path / "here", train=60, gallery=40)
     # With another hash seed, sets iterate in another order.
     subprocess.run([sys.executable, "-c", WRITE_SMALL_SET, tmp_path / "there"], check=True,
                    cwd=Path(data.__file__).parent, env={**os.environ, "PYTHONHASHSEED": "7"})
@@ -214,8 +214,11 @@ def test_same_bytes_in_another_process(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the set will lie; it is drawn in no time."""
+    def write_emoji(root):
+        (root / "train").mkdir(parents=True)
+
     monkeypatch.setenv("PARACLIP_DATA", str(tmp_path))
-    monkeypatch.setattr(emoji_scenes, "write_emoji", lambda root: (root / "train").mkdir(parents=True))
+    monkeypatch.setattr(emoji_scenes, "write_emoji", write_emoji)
     return tmp_path / "emoji"
 
 

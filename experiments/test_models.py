@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval_paraphrase as ev
-from testing_helpers import WORDS, save_hugging_face_model
+from test_paraclip import WORDS, save_hugging_face_model
 
 HERE = Path(__file__).parent
 TEXTS = ["a dog", "A red circle left of a cat", "e"]
