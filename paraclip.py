@@ -789,6 +789,8 @@ def train(cfg: Config):
         fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
         # Fetched here, since torch notices dying workers only if the main thread started them.
         micro_batches, replaced = next(batches)
+        if rank == 0:
+            log.start_clock()
 
         stop_requested = False
 
@@ -875,11 +877,16 @@ class Log:
         # The place to write at; truncate() leaves it where it was.
         self.file.seek(0, io.SEEK_END)
         self.seconds_before = checkpoint["seconds"]
-        self.began = self.last_row_time = self.last_line_time = time.perf_counter()
+        self.start_clock()
         self.waited = 0.0
         # disable=None: no bar unless stderr is a terminal.
         self.bar = tqdm(total=steps, initial=self.start, desc=out.name, unit="step",
                         disable=None)
+
+    def start_clock(self):
+        """Called when the first batch is there: preparation counts neither as training nor as
+        waiting."""
+        self.began = self.last_row_time = self.last_line_time = time.perf_counter()
 
     def seconds(self) -> float:
         """Seconds of training, those before a resume included."""

@@ -1166,7 +1166,7 @@ def test_training_fits_every_language_model(any_lm, text):
     model = build(any_lm, text=text)
     if text == "align":
         to_bf16(model)
-    before, _, after = steps_on_one_batch(model, 3, text=text)
+    before, _, after = steps_on_one_batch(model, 3, text=text, lr=1e-4)
     assert after < before
 
 
@@ -1797,9 +1797,8 @@ def test_all_ranks_wait_for_the_checkpoint(lm, tmp_path):
 
 # ---- evaluation: metrics -------------------------------------------------------------------------
 @pytest.mark.parametrize("a, b, ao, js", [
-    ([1, 2, 3, 4], [1, 2, 3, 4], 1, 1),
-    ([1, 2, 3, 4], [5, 6, 7, 8], 0, 0),
-    ([1, 2, 3, 4], [2, 1, 3, 5], (0 + 2 / 2 + 3 / 3 + 3 / 4) / 4, 3 / 5),
+    pytest.param([1, 2, 3, 4], [1, 2, 3, 4], 1, 1, id="equal"),
+    pytest.param([1, 2, 3, 4], [5, 6, 7, 8], 0, 0, id="disjoint"),
     pytest.param([1, 2, 3], [1, 4, 5], (1 + 1 / 2 + 1 / 3) / 3, 1 / 5, id="agree at the top"),
     pytest.param([1, 2, 3], [4, 5, 1], (0 + 0 + 1 / 3) / 3, 1 / 5, id="agree at the bottom"),
 ])
@@ -1811,9 +1810,10 @@ def test_ao_and_js_by_hand(a, b, ao, js):
 
 def test_ao_follows_its_definition():
     rng = np.random.default_rng(0)
-    a, b = (np.array([rng.permutation(40)[:30] for _ in range(50)]) for _ in range(2))
+    a = np.array([rng.permutation(40)[:30] for _ in range(50)])
+    b = np.array([rng.permutation(40)[:30] for _ in range(50)])
     for list_a, list_b, value in zip(a, b, ev.average_overlap(a, b, 25)):
-        overlaps = [len({*list_a[:d]} & {*list_b[:d]}) / d for d in range(1, 26)]
+        overlaps = [len(set(list_a[:d]) & set(list_b[:d])) / d for d in range(1, 26)]
         assert value == pytest.approx(np.mean(overlaps), abs=1e-15)
 
 
@@ -1827,51 +1827,53 @@ def test_lists_shorter_than_k_are_refused():
         ev.jaccard([1, 2, 3, 4], [1, 2, 3], 4)
 
 
-@pytest.mark.parametrize("kind", ["few vectors", "copies of fp32 vectors", "nearly equal vectors"])
-def test_rankings_equal_a_stable_sort(kind):
-    # In fp32 a copy may score differently at another place of the matrix: it would not tie.
+def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and a gallery of vectors that tie, or nearly."""
     torch.manual_seed(0)
-    if kind == "few vectors":
-        queries, gallery = torch.randint(2, (23, 4)) - 0.5, torch.randint(2, (57, 4)) - 0.5
-    elif kind == "nearly equal vectors":
-        queries, gallery = torch.randn(23, 4), torch.randn(4) + 1e-7 * torch.randn(57, 4).double()
-    else:
-        vectors = F.normalize(torch.randn(71, 512), dim=-1)
-        queries, gallery = vectors[30:], vectors[torch.randint(30, (301,))]
-    unit_queries, unit_gallery = (
-        (F.normalize(x.double(), dim=-1) * 2**24).round() / 2**24 for x in (queries, gallery))
-    for chunk, k in ((3, 1), (13, 50), (2048, 20)):
-        ranked = ev.rankings(queries, gallery, k, chunk).tolist()
-        for row, query in zip(ranked, unit_queries):
-            # fsum does not round.
-            scores = [round(math.fsum((query * item).tolist()) * 2**24) for item in unit_gallery]
-            assert row == sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+    if kind == "few":
+        return torch.randint(2, (23, 4)) - 0.5, torch.randint(2, (57, 4)) - 0.5
+    if kind == "nearly equal":
+        return torch.randn(23, 4), torch.randn(4) + 1e-7 * torch.randn(57, 4).double()
+    return torch.randn(41, 512), torch.randn(30, 512)[torch.randint(30, (301,))]
 
 
-def test_recall_and_precision_equal_a_loop():
+@pytest.mark.parametrize("kind", ["few", "nearly equal", "copies"])
+def test_rankings_equal_a_stable_sort(kind):
+    queries, gallery = vectors(kind)
+    # Sums of integers are exact in any order.
+    q = (F.normalize(queries.double(), dim=-1) * 2**24).round().long()
+    g = (F.normalize(gallery.double(), dim=-1) * 2**24).round().long()
+    scores = ((q @ g.T).double() / 2**24).round()
+    expected = scores.argsort(dim=1, descending=True, stable=True)
+    for chunk, k in ((3, 1), (13, 50)):
+        assert ev.rankings(queries, gallery, k, chunk).tolist() == expected[:, :k].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 5, 9])
+def test_recall_and_precision_equal_a_loop(k):
     rng = np.random.default_rng(1)
     ranked = np.array([rng.permutation(9) for _ in range(20)])
     correct = [rng.permutation(9)[:1 + i % 3].tolist() for i in range(20)]
-    for k in (1, 5, 9):
-        counts = [sum(item in items for item in row[:k]) for row, items in zip(ranked, correct)]
-        assert ev.recall_at_k(ranked, correct, k).tolist() == [count > 0 for count in counts]
-        assert ev.precision_at_k(ranked, correct, k).tolist() == [count / k for count in counts]
+    counts = []
+    for row, items in zip(ranked, correct):
+        counts.append(sum(item in items for item in row[:k]))
+    assert ev.recall_at_k(ranked, correct, k).tolist() == [count > 0 for count in counts]
+    assert ev.precision_at_k(ranked, correct, k).tolist() == [count / k for count in counts]
 
 
 def test_recall_from_images_finds_any_text():
-    texts = torch.eye(4)[[0, 0, 1, 2]]
-    images = torch.eye(4)[[1, 0, 3]]
-    correct = [[1], [1], [0], [2]]  # text 3 shows image 2, which is no text's nearest
-    results = ev.retrieval("recall", ev.rankings(texts, images, 3).numpy(), texts, images, correct,
-                           np.arange(4))
+    texts, images = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4)[[1, 0, 3]]
+    # Text 3 shows image 2, which is no text's nearest.
+    correct = [[1], [1], [0], [2]]
+    ranked = ev.rankings(texts, images, 3).numpy()
+    results = ev.retrieval("recall", ranked, texts, images, correct, np.arange(4))
     # In the order in which the texts first name the images: 1, 0, 2.
     assert results["recall", "i2t@1"].values.tolist() == [1, 1, 0]
 
 
-def test_spearman_equals_scipy_with_ties():
-    stats = pytest.importorskip("scipy.stats")
-    a, b = np.random.default_rng(0).integers(0, 9, (2, 60))
-    assert ev.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+def test_spearman_shares_the_ranks_of_ties():
+    # Ranks 1, 2.5, 2.5 and 1, 2, 3: covariance 1.5, variances 1.5 and 2.
+    assert ev.spearman([1, 2, 2], [4, 5, 60]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
 def test_interval_is_as_wide_as_normal():
@@ -1885,54 +1887,47 @@ def test_interval_of_equal_values_is_exact():
     assert ev.bootstrap_ci([0.1] * 7) == (0.1, 0.1)
 
 
-def test_interval_stays_within_the_values():
-    groups = np.repeat(np.arange(20), np.arange(20) % 5 + 1)
-    values = np.where(groups == 3, 0.9, 1.0)
-    assert 0.9 <= ev.bootstrap_ci(values, groups)[0] < ev.bootstrap_ci(values, groups)[1] <= 1
-
-
-def test_interval_covers_clustered_data():
+@pytest.mark.parametrize("by_group", [True, False], ids=["grouped", "ungrouped"])
+def test_grouped_intervals_cover_clustered_data(by_group):
     # Every image has a level of its own, of mean 0.4, around which its one to five pairs scatter.
     rng = np.random.default_rng(0)
-    covered = {"groups": 0, "pairs": 0}
+    covered = 0
     for seed in range(60):
         groups = np.repeat(np.arange(60), rng.integers(1, 6, 60))
         values = rng.beta(2, 3, 60)[groups] + rng.normal(0, 0.08, len(groups))
-        for name, given in (("groups", groups), ("pairs", None)):
-            low, high = ev.bootstrap_ci(values, given, seed)
-            covered[name] += low <= 0.4 <= high
-    assert covered["groups"] >= 54 > 48 >= covered["pairs"]
+        low, high = ev.bootstrap_ci(values, groups if by_group else None, seed)
+        covered += low <= 0.4 <= high
+    assert covered >= 54 if by_group else covered <= 48
 
 
-def as_pairs(n: int, **fields) -> list[dict]:
-    return [{"query": f"q{i}", "paraphrase": f"p{i}", "images": [], "kind": "", "group": None,
-             **{name: value(i) for name, value in fields.items()}} for i in range(n)]
+def make_pairs(queries: list[str], images: list[list[str]], groups=(None,) * 50) -> list[dict]:
+    pairs = []
+    for query, names, group in zip(queries, images, groups):
+        pairs.append({"query": query, "paraphrase": "p" + query, "images": names, "group": group})
+    return pairs
 
 
 def test_unrelated_pairs_share_nothing():
-    pairs = as_pairs(42, query=lambda i: f"q{i // 3}", images=lambda i: [f"{i % 7}", f"x{i % 5}"])
-    contents = [{pair["query"], *pair["images"]} for pair in pairs]
+    queries = [f"{i // 3}" for i in range(42)]
+    pairs = make_pairs(queries, [[f"a{i % 7}", f"b{i % 5}"] for i in range(42)])
     partners = ev.unrelated(pairs, 0)
-    assert all(contents[i].isdisjoint(contents[j]) for i, j in enumerate(partners))
+    for i, j in enumerate(partners):
+        assert queries[i] != queries[j] and i % 7 != j % 7 and i % 5 != j % 5
     assert len(set(partners)) > 21
 
 
-def test_a_pair_is_never_unrelated_to_itself():
-    pairs = as_pairs(5, query=lambda i: "q", paraphrase=lambda i: "p")
-    assert all(i != j for i, j in enumerate(ev.unrelated(pairs, 0)))
-
-
 @pytest.mark.parametrize("pairs, groups", [
-    (as_pairs(3, images=lambda i: [f"{i // 2}"]), [0, 0, 1]),
-    (as_pairs(3, images=lambda i: [f"{i}"], group=lambda i: i % 2), [0, 1, 0]),
-    (as_pairs(3, images=lambda i: ["ab", "ba"][i % 2]), [0, 0, 0]),
-    (as_pairs(3, query=lambda i: f"q{i // 2}"), [0, 0, 1]),
-], ids=["image", "group", "images in any order", "query"])
+    pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]]), [0, 0, 1], id="image"),
+    pytest.param(make_pairs("abc", [["1", "2"], ["2", "1"], ["1"]]), [0, 0, 1], id="images"),
+    pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]], [7, 8, 7]), [0, 1, 0], id="group"),
+    pytest.param(make_pairs("aab", [[], [], []]), [0, 0, 1], id="query"),
+])
 def test_pairs_are_grouped_by(pairs, groups):
-    assert ev.group_numbers([ev.group_of(pair) for pair in pairs]).tolist() == groups
+    assert ev.group_numbers(pairs).tolist() == groups
 
 
 VECTORS = torch.tensor([[1, 0], [3, 4], [4, 3], [3, -4], [-4, 3], [0, 1], [1, 1.0]])
+# The feature of a text is the vector whose number it is.
 BY_NUMBER = Namespace(encode_text=lambda texts: VECTORS[[int(text) for text in texts]])
 
 
@@ -1943,80 +1938,91 @@ BY_NUMBER = Namespace(encode_text=lambda texts: VECTORS[[int(text) for text in t
     pytest.param(2, 1, 4, 5, 1, 0, id="negative as close to the image as caption 1"),
     pytest.param(1, 2, 4, 5, 1, 0, id="negative as close to the image as caption 2"),
 ])
-def test_a_tie_of_triplets_is_a_miss(p1, p2, negative, image, text_only, image_text):
-    task = ev.Triplets.__new__(ev.Triplets)
-    task.files = {"f": [{"caption": str(p1), "caption2": str(p2),
-                         "negative_caption": str(negative), "images": ["x"]}]}
+def test_a_tie_of_triplets_is_a_miss(tmp_path, p1, p2, negative, image, text_only, image_text):
+    (tmp_path / "f").write_text(json.dumps({
+        "caption": f"{p1}", "caption2": f"{p2}", "negative_caption": f"{negative}",
+        "filename": "x"}))
+    cfg = ev.EvalConfig(triplets=[str(tmp_path / "f")])
     images = ev.Images(["x"], {"x": 0}, VECTORS[[image]])
-    results = task.measure(BY_NUMBER, images, ev.EvalConfig())
+    results = ev.Triplets(cfg).measure(BY_NUMBER, images, cfg)
     assert results["triplets", "f", "text_only"].values == [text_only]
     assert results["triplets", "f", "image_text"].values == [image_text]
 
 
-def test_class_prompts_are_averaged():
-    task = ev.ZeroShot.__new__(ev.ZeroShot)
-    task.classnames, task.labels, task.templates = ["2", "3"], {"x": 1}, ["{}", "5"]
-    task.names_from = task.templates_from = "here"
+def test_class_prompts_are_averaged(tmp_path):
+    (tmp_path / "z.json").write_text('{"classnames": ["2", "3"], "labels": {"x": 1}}')
+    # Whatever the class, the second prompt is the text 5.
+    (tmp_path / "prompts").write_text("{}\n5" + " " * 9 + "{}")
+    model = Namespace(encode_text=lambda texts: BY_NUMBER.encode_text([t[0] for t in texts]))
+    cfg = ev.EvalConfig(zeroshot=str(tmp_path / "z.json"), images="x",
+                        templates=str(tmp_path / "prompts"))
     # Class 0 would be nearer by the first prompt alone, or if longer features weighed more.
     images = ev.Images(["x"], {"x": 0}, torch.tensor([[0.9, 0.3]]))
-    assert task.measure(BY_NUMBER, images, ev.EvalConfig())["zeroshot", "top1"].values == [1]
+    assert ev.ZeroShot(cfg).measure(model, images, cfg)["zeroshot", "top1"].values == [1]
 
 
 # ---- evaluation: files ---------------------------------------------------------------------------
 PAIR = {"query": "q", "paraphrase": "p"}
-READ_PAIR = PAIR | {"images": [], "kind": "", "group": None}
-COCO = '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b"}], ' \
-       '"annotations": [{"image_id": 1, "caption": %s}]}'
+READ_PAIR = PAIR | {"negative": "", "images": [], "kind": "", "group": None}
+COCO = ('{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b"}], '
+        '"annotations": [{"image_id": 1, "caption": "x"}]}')
+DETAILS = ('{"query": "a", "query_ranking": ["1"], "paraphrase": "b", '
+           '"paraphrase_ranking": ["2"]}')
+SUGAR = '[{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}]'
+CLASSES = '{"classnames": ["x", "y"], "labels": {"a": 1}}'
+GOOD_FILES = {
+    "array": (ev.read_pairs, json.dumps([PAIR]), [READ_PAIR]),
+    "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [READ_PAIR] * 2),
+    "sugarcrepe": (ev.read_pairs, SUGAR,
+                   [READ_PAIR | {"query": "q?", "negative": "n", "images": ["1"]}]),
+    "lists": (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
+    "details": (ev.read_lists, DETAILS, {"a": ["1"], "b": ["2"]}),
+    "coco": (ev.read_captions, COCO, {"a": ["x"]}),
+    "csv": (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
+    "tsv": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n', [("a", '"b', 3.0)]),
+    "templates": (ev.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
+    "classes": (ev.read_labels, CLASSES, (["x", "y"], {"a": 1})),
+}
+BAD_FILES = {
+    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3"),
+    "no paraphrase": (ev.read_pairs, '{"query": "q"}', "line 1"),
+    "images no list": (ev.read_pairs, json.dumps(PAIR | {"images": "a"}), "a list"),
+    "empty": (ev.read_pairs, "\n", "empty"),
+    "not UTF-8": (ev.read_pairs, b"\xff\xfe{\0", "UTF-8"),
+    "two lists": (ev.read_lists, DETAILS + DETAILS.replace("1", "3").join("\n\n"),
+                  "line 2.*several models"),
+    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "item 1 of annotations"),
+    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "id 7"),
+    "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "row 2.*finite score"),
+    "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),
+    "label too high": (ev.read_labels, CLASSES.replace("1", "2"), "the label of 'a' is 2"),
+}
 
 
-@pytest.mark.parametrize("reader, text, expected", [
-    (ev.read_pairs, json.dumps([PAIR]), [READ_PAIR]),
-    (ev.read_pairs, "\ufeff" + json.dumps(PAIR) + "\r\n\n" + json.dumps(PAIR), [READ_PAIR] * 2),
-    (ev.read_pairs, '{"caption": "q\\ud83d", "caption2": "p", "filename": "1"}',
-     [READ_PAIR | {"query": "q?", "images": ["1"]}]),
-    (ev.read_triplets, '[{"caption": "a", "caption2": "b", "negative_caption": "c"}]',
-     [{"images": [], "caption": "a", "caption2": "b", "negative_caption": "c"}]),
-    (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
-    (ev.read_lists, '{"query": "a", "query_ranking": ["1"], "paraphrase": "b", '
-                    '"paraphrase_ranking": ["2"]}', {"a": ["1"], "b": ["2"]}),
-    (ev.read_captions, COCO % '"x"', {"a": ["x"]}),
-    (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
-    (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n', [("a", '"b', 3.0)]),
-    (ev.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
-    (ev.read_labels, '{"classnames": ["x", "y"], "labels": {"a": 1}}', (["x", "y"], {"a": 1})),
-])
+@pytest.mark.parametrize("reader, text, expected", GOOD_FILES.values(), ids=GOOD_FILES)
 def test_evaluation_files_are_read(tmp_path, reader, text, expected):
-    file = tmp_path / "file"
-    file.write_bytes(text.encode())
-    assert reader(file) == expected
+    (tmp_path / "file").write_bytes(text.encode())
+    assert reader(tmp_path / "file") == expected
 
 
-@pytest.mark.parametrize("reader, text, complaint", [
-    (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3.*query and paraphrase"),
-    (ev.read_pairs, '{"query": "q"}', "line 1.*query and paraphrase"),
-    (ev.read_pairs, '{"query": "q", "paraphrase": " "}', "line 1.*query and paraphrase"),
-    (ev.read_pairs, json.dumps(PAIR | {"images": "a"}), "images a list"),
-    (ev.read_pairs, json.dumps(PAIR | {"kind": 1}), "kind to be a text"),
-    (ev.read_pairs, "[" * 99_999, "recursion"),
-    (ev.read_pairs, "\n", "empty"),
-    (ev.read_pairs, b"\xff\xfe{\0", "UTF-8"),
-    (ev.read_triplets, '{"caption": "a", "caption2": "b"}', "negative_caption"),
-    (ev.read_lists, '{"text": "a", "ranking": "1"}', "line 1.*best first"),
-    (ev.read_lists, '{"text": "a", "ranking": ["1"]}\n{"text": "a", "ranking": ["2"]}',
-     "line 2.*several models"),
-    (ev.read_captions, COCO % "null", "item 1 of annotations.*COCO"),
-    (ev.read_captions, (COCO % '"x"').replace('image_id": 1', 'image_id": 7'), "image with id 7"),
-    (ev.read_captions, '{"images": [], "annotations": []}', "no captions"),
-    (ev.read_sts, "a,b,1\nc,d,nan", "row 2.*finite score"),
-    (ev.read_sts, "a,b", "row 1.*finite score"),
-    (ev.read_templates, "a {}\n\nno place\n", "no place"),
-    (ev.read_labels, '{"classnames": ["x"], "labels": {"a": 1}}', "below 1"),
-])
+@pytest.mark.parametrize("reader, text, complaint", BAD_FILES.values(), ids=BAD_FILES)
 def test_evaluation_files_are_refused(tmp_path, reader, text, complaint):
     file = tmp_path / "file"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=f"{file}.*{complaint}"):
         reader(file)
+
+
+@pytest.mark.parametrize("reader, text, expected", GOOD_FILES.values(), ids=GOOD_FILES)
+def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
+    rng, file = random.Random(FUZZ_SEED), tmp_path / "file"
+    values = re.findall(r'"[^"]*"|\d+|,', text) or ["a"]
+    junk = ["null", "-1", "[]", "{}", "NaN", '"\\ud800"', "[" * 9000, '""']
+    for _ in range(FUZZ_CASES):
+        replaced = text.replace(rng.choice(values), rng.choice(junk))
+        file.write_bytes(rng.choice([replaced.encode(), damage(text.encode(), rng)]))
+        with contextlib.suppress(UserError):
+            reader(file)
 
 
 def test_classes_come_from_folders(tmp_path):
@@ -2027,16 +2033,17 @@ def test_classes_come_from_folders(tmp_path):
     assert labels == {"ant/b.png": 0, "ant/sub/c.jpeg": 0, "fire_truck/a.png": 1, "z/a.PNG": 2}
 
 
-def test_imagenet_has_torchvisions_names(tmp_path):
-    root = write_images(tmp_path, *(f"val/n{i:08}/x.JPEG" for i in range(1000)))
-    _, names, labels = ev.read_class_folders(f"imagenet:{root}")
+def test_imagenet_has_torchvisions_names(monkeypatch):
+    gallery = {f"n{i:08}/x.JPEG": None for i in range(1000)}
+    monkeypatch.setattr(data, "list_gallery", lambda folder: gallery)
+    _, names, labels = ev.read_class_folders("imagenet:ROOT")
     assert (names[0], names[-1], len(labels)) == ("tench", "toilet tissue", 1000)
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
     pixels = np.zeros((2, 32, 32, 3), np.uint8)
-    monkeypatch.setattr(ev.torchvision.datasets, "CIFAR100", lambda root, train: Namespace(
-        classes=["x", "y_z"], targets=[1, 0], data=pixels))
+    dataset = Namespace(classes=["x", "y_z"], targets=[1, 0], data=pixels)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train: dataset)
     gallery, names, labels = ev.read_class_folders(f"cifar100:{tmp_path}")
     assert names == ["x", "y z"] and labels == {"test/0": 1, "test/1": 0}
 
@@ -2057,14 +2064,17 @@ class NoText:
     preprocess = encode_image = Good.preprocess
 class OtherWidth(Good):
     def encode_text(self, texts): return [[len(t)] for t in texts]
-class OneForAll(Good):
-    def encode_text(self, texts): return [[1, 2, 3]]
 class AnySize(Good):
     def preprocess(self, image): return torch.zeros(image.size)
 class NaN(Good):
     def encode_text(self, texts): return [[float("nan")] * 3 for t in texts]
 number = 1
 """
+PAIRS = "--pairs triplets.json --images images --workers 0".split()
+# The same images without the one that cannot be read.
+READABLE = "--pairs triplets.json --images readable --workers 0".split()
+ALL = ("--pairs triplets.json --triplets triplets.json --captions captions.json --sts sts.csv "
+       "--templates templates.txt --images images --zeroshot classes --k 5 --workers 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -2076,24 +2086,26 @@ def inputs(tmp_path_factory, lm) -> Path:
     (root / "mine.py").write_text(MODEL_FILE)
     names = [f"{i:02}.png" for i in range(14)]
     files = [f"images/{'sub/' * (i % 2)}{name}" for i, name in enumerate(names)]
-    files += [f"classes/{name}/{i}.png" for name in ("big_cat", "dog") for i in (1, 2)]
+    files += ["classes/big_cat/1.png", "classes/big_cat/2.png", "classes/dog/1.png"]
     write_images(root, *files)
-    for seed, name in enumerate(files):
-        (root / name).write_bytes(image_bytes(seed, (48, 40), "PNG"))
+    for seed, file in enumerate(files):
+        (root / file).write_bytes(image_bytes(seed, (48, 40), "PNG"))
+    shutil.copytree(root / "images", root / "readable")
     (root / "images/broken.jpg").write_bytes(b"\xff\xd8 no image")
+
     names.append("lost.png")
     triplets = [{"caption": sentence(i), "caption2": sentence(20 + i), "filename": name,
                  "negative_caption": sentence(40 + i)} for i, name in enumerate(names)]
     # More words than the models have positions, and several correct images.
     triplets[0]["caption"] = "red dog " * 9
     triplets[1]["images"] = names[1:4]
-    coco = {"images": [{"id": i, "file_name": name} for i, name in enumerate(names[5:])],
-            "annotations": [{"image_id": i % 10, "caption": sentence(i)} for i in range(27)]}
+    (root / "triplets.json").write_text(json.dumps(triplets))
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names[5:])]
+    captions = [{"image_id": i % 10, "caption": sentence(i)} for i in range(27)]
+    (root / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
     sts = [f"{sentence(i)},{sentence(20 + i)},{i % 6}" for i in range(12)]
-    for name, text in (("triplets.json", json.dumps(triplets)), ("sts.csv", "\n".join(sts)),
-                       ("captions.json", json.dumps(coco)), ("templates.txt", "{}\nthe {}\n"),
-                       ("equal.csv", "a dog,a cat,1\na dog,a square,1\n")):
-        (root / name).write_text(text)
+    (root / "sts.csv").write_text("\n".join(sts))
+    (root / "templates.txt").write_text("{}\nthe {}\n")
     return root
 
 
@@ -2102,120 +2114,93 @@ def cd(inputs, monkeypatch):
     monkeypatch.chdir(inputs)
 
 
-PAIRS = "--pairs triplets.json --images images --workers 0".split()
-ALL = ("--pairs triplets.json --triplets triplets.json --captions captions.json --sts sts.csv "
-       "--templates templates.txt --images images --zeroshot classes --k 5 --workers 0").split()
-
-
 def evaluate(capsys, *argv) -> list[dict]:
     return last_json(capsys, ev, *argv)
 
 
 def test_all_tasks_in_one_call(cd, capsys):
-    clip, siglip = evaluate(capsys, "clip", "siglip", *ALL)
-    assert (clip["k"], clip["gallery"], clip["pairs"], clip["recall_pairs"]) == (5, 14, 15, 14)
-    assert clip["triplets"]["triplets.json"]["image_text_n"] == 14
-    assert clip["captions"] == {"images": 9, "captions": 25, "missing": 1}
-    assert (clip["zeroshot"]["classes"], clip["zeroshot"]["images"]) == (2, 4)
+    report, = evaluate(capsys, "clip", *ALL)
+    assert (report["k"], report["gallery"], report["pairs"]) == (5, 14, 15)
+    assert report["recall_pairs"] == report["triplets"]["triplets.json"]["image_text_n"] == 14
+    assert report["captions"] == {"images": 9, "captions": 25, "missing": 1}
+    assert (report["zeroshot"]["classes"], report["zeroshot"]["images"]) == (2, 3)
+
+
+def test_a_second_model_has_differences(cd, capsys):
+    clip, siglip = evaluate(capsys, "clip", "siglip", *PAIRS)
     assert siglip["diff"]["ao"] == pytest.approx(siglip["ao"] - clip["ao"], abs=1e-12)
-    assert siglip["diff"].keys().isdisjoint({"k", "pairs", "captions", "sts"})
-
-
-def test_intervals_hold_their_means(cd, capsys):
-    report, = evaluate(capsys, "clip", *PAIRS)
-    for name in ("ao1", "ao", "js", "ao_random", "js_random"):
-        low, high = report[f"{name}_ci"]
-        assert 0 <= low <= report[name] <= high <= 1
-    assert report["ao_minus_random"] == pytest.approx(report["ao"] - report["ao_random"])
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_numbers_equal_the_librarys(inputs, cd, capsys, kind):
-    report, = evaluate(capsys, kind, *ALL, "--batch-size", 3)
+@torch.no_grad()
+def test_overlap_equals_the_librarys(cd, capsys, kind):
+    report, = evaluate(capsys, kind, *READABLE, "--k", 5, "--batch-size", 3)
     model = transformers.AutoModel.from_pretrained(kind).eval()
     processor = transformers.AutoProcessor.from_pretrained(kind)
-    # One text at a time: no padding for CLIP, padding to all 12 positions for SigLIP.
-    fill = dict(padding="max_length", return_attention_mask=False) if kind == "siglip" else {}
+    options = dict(max_length=12, truncation=True, return_tensors="pt")
+    if kind == "siglip":
+        options |= dict(padding="max_length", return_attention_mask=False)
 
-    def of_text(text):
-        return F.normalize(model.get_text_features(**processor.tokenizer(
-            text, max_length=12, truncation=True, return_tensors="pt", **fill)
-            ).pooler_output[0].detach().double(), dim=-1)
-
-    def of_image(file):
-        pixels = processor.image_processor(Image.open(file), return_tensors="pt")
-        output = model.get_image_features(**pixels).pooler_output[0].detach()
-        return F.normalize(output.double(), dim=-1)
-
-    files = sorted(inputs.glob("images/**/*.png"), key=lambda file: file.relative_to(inputs).parts)
-    images = torch.stack([of_image(file) for file in files])
-    overlaps, hits = [], []
+    images = []
+    for item in data.list_gallery("readable").values():
+        pixels = processor.image_processor(data.open_image(item), return_tensors="pt")
+        images.append(model.get_image_features(**pixels).pooler_output[0].double())
+    images = F.normalize(torch.stack(images), dim=-1)
+    overlaps = []
     for item in json.loads(Path("triplets.json").read_text()):
-        a, b = ([files[i].name for i in (images @ of_text(item[field])).argsort(descending=True)]
-                for field in ("caption", "caption2"))
-        overlaps += [len({*a[:d]} & {*b[:d]}) / d for d in range(1, 6)]
-        if item["filename"] != "lost.png":
-            hits.append(not {*b[:5]}.isdisjoint(item.get("images", [item["filename"]])))
+        ranked = []
+        # One text at a time needs no padding.
+        for text in (item["caption"], item["caption2"]):
+            feature = model.get_text_features(**processor.tokenizer(text, **options))
+            scores = images @ feature.pooler_output[0].double()
+            ranked.append(scores.argsort(descending=True).tolist())
+        for d in range(1, 6):
+            overlaps.append(len(set(ranked[0][:d]) & set(ranked[1][:d])) / d)
     assert report["ao"] == pytest.approx(np.mean(overlaps))
-    assert report["paraphrase_recall"]["t2i@5"] == pytest.approx(np.mean(hits))
-    classes = [F.normalize(of_text(name) + of_text(f"the {name}"), dim=-1)
-               for name in ("big cat", "dog")]
-    nearest = [int((torch.stack(classes) @ of_image(file)).argmax())
-               for file in sorted(inputs.glob("classes/*/*.png"))]
-    assert report["zeroshot"]["top1"] == np.mean(np.array(nearest) == [0, 0, 1, 1])
 
 
 def test_siglip_reads_lower_case(inputs):
     model = ev.HuggingFaceCLIP(str(inputs / "siglip"), "fp32").eval()
-    texts = []
-    tokenizer = model.tokenizer
-    model.tokenizer = lambda batch, **options: texts.extend(batch) or tokenizer(batch, **options)
-    with torch.no_grad():
-        model.encode_text(["A Dog"])
-    assert texts == ["a dog"]
+    tokenizer, read = model.tokenizer, []
+    model.tokenizer = lambda texts, **options: read.extend(texts) or tokenizer(texts, **options)
+    model.encode_text(["A Dog"])
+    assert read == ["a dog"]
 
 
 @pytest.fixture(scope="module")
 def exported(inputs) -> dict:
-    """What clip finds, as vectors and as ranked lists."""
+    """The features of clip, also in vectors.npz."""
     model = ev.open_model(str(inputs / "clip"), ev.EvalConfig(device="cpu"))
-    names = sorted(str(path.relative_to(inputs / "images"))
-                   for path in inputs.glob("images/**/*.png"))
-    texts = sorted({item[field] for item in json.loads((inputs / "triplets.json").read_text())
-                    for field in ("caption", "caption2")})
-    with torch.no_grad():
-        images = torch.cat([ev.encode(model.encode_image, ev.default_collate([model.preprocess(
-            Image.open(inputs / "images" / name).convert("RGB"))])) for name in names])
-        vectors = ev.encode(model.encode_text, texts)
-    arrays = dict(names=np.array(names), images=images.numpy(), texts=np.array(texts),
-                  text_features=vectors.numpy())
+    cfg = ev.EvalConfig(workers=0)
+    images = ev.embed_images(model, data.list_gallery(inputs / "readable"), cfg)
+    texts = set()
+    for item in json.loads((inputs / "triplets.json").read_text()):
+        texts |= {item["caption"], item["caption2"]}
+    texts = sorted(texts)
+    arrays = dict(names=np.array(images.names), images=images.features.numpy(),
+                  texts=np.array(texts),
+                  text_features=ev.embed_texts(model, texts, cfg).numpy())
     np.savez(inputs / "vectors.npz", **arrays)
-    shutil.copytree(inputs / "images", inputs / "readable",
-                    ignore=shutil.ignore_patterns("broken.jpg"))
     return arrays
 
 
-READABLE = "--pairs triplets.json --images readable --workers 0".split()
-
-
-def without_features(report: dict) -> dict:
-    """A report of pairs as ranked lists can give it."""
-    for key in ("recall", "recall_ci", "paraphrase_recall", "paraphrase_recall_ci"):
-        report[key] = {at: value for at, value in report[key].items() if at.startswith("t2i")}
-    return {key: value for key, value in report.items() if key not in ("model", "diff")}
+def text_to_image(report: dict) -> dict:
+    """What a report of pairs has in common with one of ranked lists."""
+    common = {name: value for name, value in report.items() if not isinstance(value, dict)}
+    for name in ("recall", "paraphrase_recall", "precision"):
+        common[name] = report[name]["t2i@10"]
+    return common | {"model": ""}
 
 
 def test_vectors_give_their_models_numbers(exported, cd, capsys):
     clip, vectors = evaluate(capsys, "clip", "vectors.npz", *READABLE)
-    assert vectors["diff"]["ao_ci"] == [0, 0]
-    assert without_features(vectors) == without_features(clip)
+    assert text_to_image(vectors) == text_to_image(clip)
 
 
-def test_details_give_their_models_numbers(exported, cd, capsys, tmp_path):
+def test_details_give_their_models_numbers(cd, capsys, tmp_path):
     clip, = evaluate(capsys, "clip", *READABLE, "--details", tmp_path / "d.jsonl")
-    clip_again, lists = evaluate(capsys, "clip", tmp_path / "d.jsonl", *READABLE)
-    assert lists["diff"]["ao_ci"] == [0, 0]
-    assert without_features(lists) == without_features(clip)
+    lists, = evaluate(capsys, tmp_path / "d.jsonl", *READABLE)
+    assert text_to_image(lists) == text_to_image(clip)
 
 
 def test_details_hold_each_pairs_scores(cd, capsys, tmp_path):
@@ -2226,44 +2211,49 @@ def test_details_hold_each_pairs_scores(cd, capsys, tmp_path):
     assert lines[1]["images"] == ["sub/01.png", "02.png", "sub/03.png"]
 
 
+def write_lists(path: Path, lists: dict):
+    lines = [json.dumps({"text": text, "ranking": names}) for text, names in lists.items()]
+    path.write_text("\n".join(lines))
+
+
 def test_lists_leave_out_other_tasks(exported, cd, capsys, tmp_path):
-    evaluate(capsys, "clip", *READABLE, "--details", tmp_path / "d.jsonl")
-    report, = evaluate(capsys, tmp_path / "d.jsonl", *READABLE, "--sts", "sts.csv")
-    assert "sts" not in report and report["pairs"] == 15
-    call(ev, tmp_path / "d.jsonl", *READABLE, "--sts", "sts.csv")
-    assert "have no features: sts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change, complaint", [
-    (lambda lists: lists.popitem(), "no list for 1 of"),
-    (lambda lists: lists.update({t: names[:9] for t, names in lists.items()}), "has 9 images"),
-    (lambda lists: lists[min(lists)].__setitem__(0, "nowhere.png"), "'nowhere.png', which is not"),
-    (lambda lists: lists[min(lists)].__setitem__(0, lists[min(lists)][1]), "names an image twice"),
-], ids=["text without list", "too short", "unknown image", "image twice"])
-def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, change, complaint):
     names = exported["names"].tolist()
-    lists = {text: list(names) for text in exported["texts"].tolist()}
-    change(lists)
-    (tmp_path / "x.jsonl").write_text("\n".join(
-        json.dumps({"text": text, "ranking": ranking}) for text, ranking in lists.items()))
-    assert complaint in error_line(capsys, ev, tmp_path / "x.jsonl", *READABLE)
-
-
-def test_shorter_lists_give_less_recall(exported, cd, capsys, tmp_path):
-    (tmp_path / "x.jsonl").write_text("\n".join(
-        json.dumps({"text": text, "ranking": exported["names"][:5].tolist()})
-        for text in exported["texts"].tolist()))
-    report, = evaluate(capsys, tmp_path / "x.jsonl", *READABLE, "--k", 5)
+    write_lists(tmp_path / "x.jsonl", {text: names[:5] for text in exported["texts"].tolist()})
+    call(ev, tmp_path / "x.jsonl", *READABLE, "--k", 5, "--sts", "sts.csv")
+    output = capsys.readouterr()
+    report, = json.loads(output.out.splitlines()[-1])
+    assert "sts" not in report and "--sts is left out" in output.err
+    # Lists of five cannot tell recall@10.
     assert report["recall"].keys() == {"t2i@1", "t2i@5"}
 
 
-@pytest.mark.parametrize("change, complaint", [
-    (dict(names=None), "names is missing"), (dict(texts=np.array(["a"])), "they are {"),
-    (dict(images=np.ones((14, 3), np.float32)), "'images': (14, 3)"),
-    (dict(names=np.array([b"a"])), "names is"),
-    (dict(texts=np.array([str(i) for i in range(30)])), "no vectors for 30 of 30 texts")])
-def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, change, complaint):
-    arrays = {name: value for name, value in {**exported, **change}.items() if value is not None}
+@pytest.mark.parametrize("ranking, complaint", [
+    pytest.param(None, "no list for 1 of", id="text without list"),
+    pytest.param(range(9), "at least 10", id="too short"),
+    pytest.param([*range(9), 99], "at least 10 different images, all of", id="unknown image"),
+    pytest.param([*range(9), 0], "at least 10 different images", id="image twice"),
+])
+def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complaint):
+    names = exported["names"].tolist()
+    lists = {text: names for text in exported["texts"].tolist()}
+    text, _ = lists.popitem()
+    if ranking is not None:
+        lists[text] = [names[i] if i < 14 else "nowhere.png" for i in ranking]
+    write_lists(tmp_path / "x.jsonl", lists)
+    assert complaint in error_line(capsys, ev, tmp_path / "x.jsonl", *READABLE)
+
+
+@pytest.mark.parametrize("name, array, complaint", [
+    pytest.param("names", None, "names is not", id="missing"),
+    pytest.param("images", np.ones((14, 3), np.float32), "(14, 3)", id="other width"),
+    pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
+    pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
+])
+def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
+    arrays = dict(exported)
+    del arrays[name]
+    if array is not None:
+        arrays[name] = array
     np.savez(tmp_path / "x.npz", **arrays)
     assert complaint in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
 
@@ -2275,37 +2265,39 @@ def test_a_class_of_the_users(cd, capsys):
 
 @pytest.mark.parametrize("name, complaint", [
     ("NoText", "the model has no encode_text()"),
-    ("OtherWidth", "encode_text of 3 texts [3, 1]; expected [2, E] and [3, E]"),
-    ("OneForAll", "encode_text of 3 texts [1, 3]"), ("AnySize", "the same shape for every image"),
-    ("NaN", "finite numbers"), ("number", "no function or class 'number'"),
-    ("Absent", "no function or class 'Absent'")])
+    ("OtherWidth", "encode_text of 3 texts [3, 1]"),
+    ("AnySize", "the same shape for every image"),
+    ("NaN", "finite numbers"),
+    ("number", "no function or class 'number'"),
+])
 def test_a_class_that_does_not_fit(cd, capsys, name, complaint):
     assert complaint in error_line(capsys, ev, f"mine.py:{name}", *PAIRS)
 
 
-@pytest.mark.parametrize("damage_model, complaint", [
-    ("weights", "weights are missing"), ("tokenizer", "tokenizer"), ("nan", "finite numbers"),
-    ("remote", "x: neither a checkpoint"), ("text model", "x: neither a checkpoint")])
-def test_hugging_face_models_are_refused(inputs, lm, cd, capsys, monkeypatch, tmp_path,
-                                         damage_model, complaint):
-    folder = shutil.copytree(lm if damage_model == "text model" else "clip", tmp_path / "x")
-    if damage_model in ("weights", "nan"):
-        model = transformers.CLIPModel.from_pretrained("clip")
-        weights = {key: value for key, value in model.state_dict().items()
-                   if damage_model == "nan" or "vision" not in key}
-        weights["text_projection.weight"].fill_(math.nan)
-        model.save_pretrained(folder, state_dict=weights)
-    if damage_model == "tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    if damage_model == "remote":
-        monkeypatch.setattr("builtins.input", lambda *question: "y")
-        code = {"AutoConfig": "code.C", "AutoModel": "code.M"}
-        (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
-        (folder / "code.py").write_text("open('ran', 'w')")
-    assert complaint in error_line(capsys, ev, folder, "--sts", "sts.csv")
-    with pytest.raises(UserError):
-        ev.encode(ev.open_model(str(folder), ev.EvalConfig(device="cpu")).encode_text, ["a dog"])
+def without_vision(folder: Path):
+    model = transformers.CLIPModel.from_pretrained("clip")
+    weights = {key: value for key, value in model.state_dict().items() if "vision" not in key}
+    model.save_pretrained(folder, state_dict=weights)
+
+
+def without_tokenizer(folder: Path):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def with_foreign_code(folder: Path):
+    code = {"AutoConfig": "code.C", "AutoModel": "code.M"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": code}))
+    (folder / "code.py").write_text("open('ran', 'w')")
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (without_vision, "weights are missing"),
+    (without_tokenizer, "tokenizer"), (with_foreign_code, "x: neither a checkpoint")])
+def test_hugging_face_models_are_refused(cd, capsys, monkeypatch, tmp_path, change, complaint):
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    change(shutil.copytree("clip", tmp_path / "x"))
+    assert complaint in error_line(capsys, ev, tmp_path / "x", "--sts", "sts.csv")
     assert not Path("ran").exists()
 
 
@@ -2314,51 +2306,44 @@ def test_several_pair_files_are_reported(cd, capsys, tmp_path):
     # Two pairs stand in both files: the whole counts them once.
     (tmp_path / "a.json").write_text(json.dumps(items[:8]))
     (tmp_path / "b.json").write_text(json.dumps(items[6:]))
-    report, = evaluate(capsys, "clip", "--pairs", tmp_path / "a.json", tmp_path / "b.json",
-                       *PAIRS[2:])
-    assert report["pairs"] == 15
-    assert {file: part["pairs"] for file, part in report["files"].items()} == {
-        "a.json": 8, "b.json": 9}
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    report, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", *files)
+    assert (report["pairs"], report["files"]["a.json"]["pairs"]) == (15, 8)
 
 
 def test_pairs_of_one_image_resample_together(cd, capsys, tmp_path):
     items = json.loads(Path("triplets.json").read_text())
-    copies = [item | {"group": i} for i, item in enumerate(items)] * 4
-    (tmp_path / "copies.json").write_text(json.dumps(copies))
-    (tmp_path / "once.json").write_text(json.dumps(copies[:15]))
-    once, = evaluate(capsys, "clip", "--pairs", tmp_path / "once.json", *PAIRS[2:])
-    four, = evaluate(capsys, "clip", "--pairs", tmp_path / "copies.json", *PAIRS[2:])
+    (tmp_path / "copies.json").write_text(json.dumps(items * 4))
+    once, = evaluate(capsys, "clip", *PAIRS)
+    four, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", tmp_path / "copies.json")
     assert four["ao_ci"] == pytest.approx(once["ao_ci"], abs=1e-12)
 
 
-def make_benchmark(inputs, folder: Path) -> Path:
-    """A benchmark of two kinds of pairs; "a" stands first, "Z" first in the alphabet."""
-    split = folder / "val"
+@pytest.fixture
+def benchmark(tmp_path) -> Path:
+    """Two kinds of pairs; "a" stands first, "Z" first in the alphabet."""
     names = [f"{i:02}" for i in range(8)]
-    write_tar(split / "0.tar", [(f"{name}.jpg", image_bytes(i)) for i, name in enumerate(names)])
-    (split / "pairs.jsonl").write_text("\n".join(json.dumps(
-        {"query": sentence(i), "paraphrase": sentence(i + 20), "image": name,
-         "kind": "a" if i < 3 else "Z"}) for i, name in enumerate(names)))
-    return folder
+    members = [(f"{name}.jpg", image_bytes(i)) for i, name in enumerate(names)]
+    write_tar(tmp_path / "bench/val/0.tar", members)
+    pairs = []
+    for i, name in enumerate(names):
+        pairs.append({"query": sentence(i), "paraphrase": sentence(i + 20), "image": name,
+                      "kind": "a" if i < 3 else "Z"})
+    (tmp_path / "bench/val/pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return tmp_path / "bench"
 
 
-def test_benchmarks_headline_is_the_first_kind(inputs, cd, capsys, tmp_path):
-    folder = make_benchmark(inputs, tmp_path / "bench")
-    report, = evaluate(capsys, "clip", "--benchmark", folder, "--split", "val", "--workers", 0)
+def test_benchmarks_headline_is_the_first_kind(cd, capsys, benchmark):
+    report, = evaluate(capsys, "clip", "--benchmark", benchmark, "--split", "val", "--workers", 0)
     assert (report["headline"], report["pairs"], report["split"]) == ("a", 3, "val")
     assert report["ao"] == report["kinds"]["a"]["ao"] and report["kinds"]["Z"]["pairs"] == 5
-    assert "zeroshot" not in report and "captions" not in report
 
 
-def test_benchmark_may_have_classes_and_captions(inputs, cd, capsys, tmp_path):
-    split = make_benchmark(inputs, tmp_path / "bench") / "val"
-    (split / "zeroshot.json").write_text(json.dumps({"classnames": ["dog", "cat"],
-                                                     "labels": {"00": 1, "03": 0, "lost": 1}}))
-    (split / "captions.json").write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "02"}],
-        "annotations": [{"image_id": 1, "caption": "a dog"}]}))
-    report, = evaluate(capsys, "clip", "--benchmark", split.parent, "--split", "val",
-                       "--workers", 0)
+def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
+    (benchmark / "val/zeroshot.json").write_text(
+        '{"classnames": ["dog", "cat"], "labels": {"00": 1, "03": 0, "lost": 1}}')
+    (benchmark / "val/captions.json").write_text(COCO.replace('"a"', '"02"'))
+    report, = evaluate(capsys, "clip", "--benchmark", benchmark, "--split", "val", "--workers", 0)
     assert report["zeroshot"]["images"] == 2 and report["recall"]["t2i@1"] == 1
     assert "query_recall" in report
 
@@ -2370,16 +2355,15 @@ def test_what_is_left_out_is_said(cd, capsys):
     assert "skipped 1 of 15 images: broken.jpg: " in errors
 
 
-def test_models_on_other_images_are_uncompared(cd, capsys, monkeypatch):
-    embed, calls = ev.embed_images, []
-
-    def without_the_first(model, gallery, cfg):
-        calls.append(model)
-        return embed(model, dict(list(gallery.items())[len(calls) - 1:]), cfg)
-    monkeypatch.setattr(ev, "embed_images", without_the_first)
-    call(ev, "clip", "siglip", *PAIRS)
+def test_models_on_other_images_are_uncompared(cd, capsys, tmp_path):
+    # Lists name all images, also the one that clip cannot read.
+    items = json.loads(Path("triplets.json").read_text())
+    names = sorted(data.list_gallery("images"))
+    write_lists(tmp_path / "x.jsonl", {
+        item[field]: names for item in items for field in ("caption", "caption2")})
+    call(ev, "clip", tmp_path / "x.jsonl", *PAIRS)
     output = capsys.readouterr()
-    assert "siglip and clip can read different images" in output.err
+    assert "can read different images" in output.err
     assert "diff" not in json.loads(output.out.splitlines()[-1])[1]
 
 
@@ -2391,14 +2375,15 @@ def table_of(capsys, *argv) -> list[str]:
 
 
 def test_tables_fit_100_columns(cd, capsys):
-    lines = table_of(capsys, "clip", "siglip", "clip", "siglip", "clip", *ALL)
+    lines = table_of(capsys, "clip", "siglip", "mine.py:Good", *ALL)
     assert max(len(line) for line in lines) <= 100
-    assert sum(line.startswith("AO@5 minus unrelated") for line in lines) > 1
+    # Five columns make two blocks.
+    assert sum(line.startswith("AO@k minus unrelated") for line in lines) == 2
 
 
 def test_few_observations_are_marked(cd, capsys):
-    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@10  ")]
-    assert re.fullmatch(r"AO@10 +\d+\.\d ±\d+\.\d\*", row)
+    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@k  ")]
+    assert re.fullmatch(r"AO@k +\d+\.\d ±\d+\.\d\*", row)
 
 
 def test_markdown_has_equal_columns(cd, capsys):
@@ -2407,34 +2392,33 @@ def test_markdown_has_equal_columns(cd, capsys):
     assert {line.count("|") for line in rows} == {5} and rows[1] == "|---|---:|---:|---:|"
 
 
+def test_prompts_are_named(cd, capsys):
+    lines = table_of(capsys, "clip", *ALL)
+    assert "zeroshot templates: 2 from templates.txt" in lines
+
+
 @pytest.mark.parametrize("models, labels", [
     (["runs/x/a-0/model.pt", "runs/x/b-0"], ["a-0", "b-0"]),
     (["a/model-00020.pt", "b/model-00020.pt"], ["a/model-00020.pt", "b/model-00020.pt"]),
-    (["openai/clip", "m.py:f"], ["clip", "m.py:f"]), (["a", "a"], ["a (1)", "a (2)"])])
+], ids=["run folders", "same file name"])
 def test_labels_are_short_and_different(models, labels):
-    assert ev.model_labels(models, []) == labels
+    assert ev.short_names(models) == labels
 
 
-@pytest.mark.parametrize("flag, ending", [
-    ("json", ".json"), ("details", ".jsonl"), ("figure", ".png"), ("summary", ".png")])
-def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, monkeypatch, flag, ending):
-    monkeypatch.setattr(ev, "open_model", lambda name, cfg: pytest.fail("measured first"))
-    os.mkfifo(tmp_path / f"pipe{ending}")
-    message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / f"pipe{ending}")
-    assert "not a regular file" in message and (tmp_path / f"pipe{ending}").is_fifo()
+@pytest.mark.parametrize("flag", ["json", "details", "figure", "summary"])
+def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
+    os.mkfifo(tmp_path / "pipe")
+    message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / "pipe")
+    assert "not a regular file" in message
 
 
-def test_a_full_disk_costs_no_table(cd, capsys, tmp_path, monkeypatch):
-    @contextlib.contextmanager
+def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
     def full(path):
-        raise OSError(28, "No space left on device", str(path))
-        yield
+        raise OSError(28, "No space left on device", path)
     monkeypatch.setattr(data, "atomic_write", full)
     with pytest.raises(SystemExit):
-        call(ev, "clip", *PAIRS, "--json", tmp_path / "x.json")
-    output = capsys.readouterr()
-    assert json.loads(output.out.splitlines()[-1])[0]["pairs"] == 15
-    assert "No space left" in output.err
+        call(ev, "clip", *PAIRS, "--json", "x.json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["pairs"] == 15
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
@@ -2445,60 +2429,26 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    ("", "run `python paraclip.py` first"), ("nowhere.pt --sts sts.csv", "nowhere.pt"),
-    ("lists.jsonl --sts sts.csv", "lists.jsonl"), ("none.py:f --sts sts.csv", "no such file"),
+    ("", "run `python paraclip.py` first"),
+    ("none.py:f --sts sts.csv", "no such file"),
+    ("mine.py --sts sts.csv", "mine.py:NAME"),
     ("clip --captions captions.json --images classes", "none of the 10 named"),
     ("clip --pairs triplets.json", "--pairs needs --images"),
     ("clip --images images", "what to search for"),
-    ("clip --sts equal.csv", "equal.csv: equal scores"),
-    ("clip --sts sts.csv --k 0", "--k 0"), ("clip --sts sts.csv --k 5", "--k is"),
+    ("clip --sts sts.csv --k 5", "--k is"),
     ("clip --sts sts.csv --figure x.png", "--figure shows pairs"),
     ("clip --sts sts.csv --split val", "--benchmark and --split have no effect"),
-    ("clip --sts sts.csv --benchmark x", "--benchmark and --split have no effect"),
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --sts sts.csv --templates templates.txt", "belong to --zeroshot"),
     ("clip --zeroshot classes --classnames sts.csv", "expected 2 class names"),
     ("clip --images images --query dog", "belong together"),
     ("clip --images images --query= --paraphrase=", "must not be empty"),
-    ("clip --pairs triplets.json --images images --figure x.jpg", "ends in .png"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
     ("clip --pairs triplets.json --images images --json no/x", "its folder does not exist"),
-    ("clip clip --sts sts.csv --labels one", "1 names for 2 models"),
-    ("clip clip --sts sts.csv --labels a a", "a different name"),
-    ("mine.py --sts sts.csv", "mine.py:NAME"),
-    ("clip --sts sts.csv --device nothing", "--device nothing")])
+    ("clip --pairs triplets.json --images images --figure x.jpg", ".png files"),
+    ("clip clip --sts sts.csv", "a different name"),
+    ("clip siglip --sts sts.csv --labels one", "1 names for 2 models"),
+    ("clip --sts sts.csv --device nothing", "--device nothing"),
+])
 def test_mistakes_end_in_one_line(cd, capsys, arguments, complaint):
     assert complaint in error_line(capsys, ev, *arguments.split())
-
-
-def test_damaged_files_give_numbers_or_one_line(exported, inputs, tmp_path, monkeypatch, capsys):
-    model = ev.open_model(str(inputs / "clip"), ev.EvalConfig(device="cpu"))
-    monkeypatch.setattr(ev, "HuggingFaceCLIP", lambda name, precision: model)
-    monkeypatch.setattr(ev, "bootstrap_ci", lambda values, *rest: (min(values), max(values)))
-    root = shutil.copytree(inputs, tmp_path / "copy")
-    monkeypatch.chdir(root)
-    call(ev, "clip", *READABLE, "--details", "lists.jsonl")
-    files = {name: Path(name).read_bytes() for name in (
-        "triplets.json", "captions.json", "sts.csv", "templates.txt", "lists.jsonl", "vectors.npz")}
-    os.mkfifo("pipe")
-    Path("readable.png").mkdir()
-    rng, ended = random.Random(FUZZ_SEED), Counter()
-    for _ in range(2 * FUZZ_CASES):
-        name = rng.choice(list(files))
-        parts = re.findall(rb'"[^"]*"|\d+|,', files[name]) or [b"0"]
-        junk = rng.choice([b"null", b"-1", b"[]", b"{}", b"NaN", b'"\\ud800"', b"[" * 9000, b'""'])
-        Path(name).write_bytes(rng.choice([
-            damage(files[name], rng), files[name].replace(rng.choice(parts), junk)]))
-        target = rng.choice([*["out"] * 9, "pipe", "readable", "no/folder", "\udc80", ""])
-        argv = ["clip", *ALL, rng.choice(["--json", "--details"]), target]
-        if name in ("lists.jsonl", "vectors.npz"):
-            argv = [name, *READABLE]
-        try:
-            call(ev, *argv)
-            ended[0] += 1
-        except SystemExit as stop:
-            lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-            assert len(lines) == 1, (name, lines)
-            ended[stop.code] += 1
-        Path(name).write_bytes(files[name])
-    assert set(ended) == {0, 2} and min(ended.values()) > 5
