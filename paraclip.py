@@ -150,8 +150,8 @@ RECIPES = {
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
         crop=0.5, workers=default_workers(), save_every=2000),
 }
-# Fields that may change when a run is resumed: they change results by rounding at most. Of data the
-# content is compared, so that a set may move to another disk.
+# Fields that may change when a run is resumed: they change results by rounding at most. For data
+# the content is compared, not the path, so that a set may move to another disk.
 MAY_CHANGE = ("data", "recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
               "keep_every")
 
@@ -177,6 +177,7 @@ class SameDtypeLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x):
+        # A CPU's kernel takes bf16 inputs with fp32 weights (and returns bf16); CUDA's does not.
         dtype = x.dtype if LAYERNORM_IN_BF16 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype),
@@ -422,8 +423,9 @@ class ParaCLIP(nn.Module):
         return F.normalize(self.image_proj(x.float()), dim=-1)
 
     def encode_text(self, text):
-        """-> unit features (B, E). In training, text is a list of token batches, each of captions
-        of similar length."""
+        """-> unit features (B, E), in the order of text. In training, text is a list of token
+        batches, each of captions of similar length; collate() in data.py has put the images in
+        that order."""
         with self.autocast():
             pooled = [self.text_tower(tokens) for tokens in self.token_batches(text)]
         return F.normalize(self.text_proj(torch.cat(pooled).float()), dim=-1)
@@ -456,8 +458,9 @@ class ParaCLIP(nn.Module):
 
     def forward(self, images, text):
         """-> image features (B, E), text features (B, E), inverse temperature."""
-        # Text first: transformers makes the CPU wait for the GPU when it looks at a mask. So only
-        # text work is waited for, and the image tower's is queued after it.
+        # Text first: transformers makes the CPU wait for the GPU when it looks at a mask. So the
+        # image tower's work is queued after that wait. (With --accum, it includes the micro-batch
+        # before.)
         text_features = self.encode_text(text)
         return self.encode_image(images), text_features, self.logit_scale.exp()
 
@@ -735,13 +738,8 @@ def train(cfg: Config):
     UserError for what the user can correct: settings, data, run folder, a loss that is not finite.
     """
     # Phase 1: the data, the ranks, the run folder.
-    shards = cfg.data
-    if cfg.data == "emoji":
-        # Imported here, since other data need neither the fonts nor the names.
-        from demo.emoji_scenes import emoji_folder
-        shards = str(emoji_folder() / "train")
     # Before the process group: building the index may outlast the time-out of its first collective.
-    index = ShardIndex(shards, cfg.workers)
+    index = open_index(cfg)
     rank, ranks, device = setup_distributed()
     # An epoch's incomplete last batch is dropped.
     steps_per_epoch = len(index) // cfg.batch_size
@@ -924,6 +922,17 @@ class Log:
         self.file.close()
 
 
+def open_index(cfg: Config) -> ShardIndex:
+    """The index of the training shards; those of the emoji scenes are drawn the first time."""
+    # ShardIndex knows the name cc12m: it means $PARACLIP_DATA/cc12m.
+    shards = cfg.data
+    if cfg.data == "emoji":
+        # Imported here, since other data need neither the fonts nor the names.
+        from demo.emoji_scenes import emoji_folder
+        shards = str(emoji_folder() / "train")
+    return ShardIndex(shards, cfg.workers)
+
+
 def check_sizes(cfg: Config, index: ShardIndex, ranks: int, steps: int):
     """Raises UserError if the batch cannot be divided among ranks and micro-batches, or if there is
     not one full batch."""
@@ -1095,8 +1104,8 @@ def cache_lm_states(model: ParaCLIP, index: ShardIndex):
     """Computes a frozen language model's token states of all captions, and returns the function
     that looks them up in place of `tokenize`.
 
-    Before training, so that a resumed run forms the same batches and computes the same bits. Kept
-    in the towers' precision.
+    All before training: a state's bits depend on the captions it is batched with, and a resumed run
+    must get the same bits. Kept in the towers' precision.
     Raises UserError if they need more than CACHE_BYTES.
     """
     captions = set()
@@ -1182,6 +1191,10 @@ def has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def default_precision() -> str:
+    return "bf16" if has_fast_bf16() else "fp32"
+
+
 def keep_freed_memory():
     """Lets glibc keep the memory that a step frees. By default it returns large blocks to the
     system, which zeroes them again for the next step: a tenth of a step on a CPU."""
@@ -1198,7 +1211,7 @@ def claim_run_folder(out: Path) -> FileLock:
     or if another process is training there."""
     files = []
     if out.exists():
-        # Without the lock, and without what a kill in the middle of a write leaves behind.
+        # Ignoring the lock file and the temporary files that a killed write leaves behind.
         files = [path.name for path in out.iterdir()
                  if path.name != "run.lock" and not path.name.startswith(".")]
     if files:
@@ -1223,8 +1236,7 @@ def read_run(cfg: Config, out: Path, index: ShardIndex) -> dict:
     """Sets cfg.precision, unless it was given, and returns the checkpoint to resume from, or one of
     step 0. Raises UserError if the run has other settings or other data."""
     if not (out / "model.pt").exists():
-        if not cfg.precision:
-            cfg.precision = "bf16" if has_fast_bf16() else "fp32"
+        cfg.precision = cfg.precision or default_precision()
         return dict(step=0, seconds=0.0, log_bytes=0, data=dict(skipped=index.skipped))
     checkpoint = read_checkpoint(out / "model.pt")
     if not cfg.precision:

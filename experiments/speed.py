@@ -22,6 +22,7 @@ import math
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 import weakref
 from dataclasses import dataclass
 
@@ -37,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import paraclip
-from data import ShardIndex, UserError, flag, parse_config, run
-from paraclip import (RECIPES, Config, all_gather_object, backward, build, make_optimizers,
-                      open_batches, setup_distributed, update)
+from data import UserError, flag, parse_config, run
+from paraclip import (RECIPES, Config, all_gather_object, backward, build, default_precision,
+                      make_optimizers, open_batches, open_index, setup_distributed, update)
 
 
 @dataclass
@@ -121,7 +122,8 @@ def pair_flops(model, micro_batches) -> tuple[float, float]:
 # ---- the measurement -----------------------------------------------------------------------------
 def measure(cfg: SpeedConfig) -> dict:
     """The report on one configuration. Captions are this rank's, times the slowest rank's."""
-    index = ShardIndex(cfg.data, cfg.workers)
+    cfg.precision = cfg.precision or default_precision()
+    index = open_index(cfg)
     _, ranks, device = setup_distributed()
     if cfg.batch_size % (ranks * cfg.accum) or cfg.batch_size > len(index):
         raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of ranks x --accum = "
@@ -130,16 +132,18 @@ def measure(cfg: SpeedConfig) -> dict:
     batches = open_batches(cfg, index, model, 0, 1 << 40)  # more steps than are ever taken
     micro_batches, _ = next(batches)
     waited = []
+    fetcher = ThreadPoolExecutor(1)
 
     def step():
-        # As in training, the next batch is fetched while a GPU works on this one.
+        # As in training, a thread fetches the next batch while this one is computed.
         nonlocal micro_batches
+        upcoming = fetcher.submit(next, batches)
         loss, _ = backward(parallel, cfg, micro_batches)
         update(model, optimizers, 0.1)
-        began = time.perf_counter()
-        micro_batches, _ = next(batches)
-        waited.append(time.perf_counter() - began)
         loss.item()
+        began = time.perf_counter()
+        micro_batches, _ = upcoming.result()
+        waited.append(time.perf_counter() - began)
 
     def image_tower():
         for images, _ in micro_batches:
@@ -174,7 +178,9 @@ def measure(cfg: SpeedConfig) -> dict:
         with torch.profiler.profile() as profiler:
             timed(step, 3)
         print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=10))
-    batches.close()  # its workers would take time from what follows
+    # Its workers would take time from what follows.
+    fetcher.shutdown()
+    batches.close()
 
     image, text = pair_flops(model, micro_batches)
     product = min(all_gather_object(product_rate(device, model.bf16)))
