@@ -329,9 +329,9 @@ class TextTower(nn.Module):
         layers = align_layers if strategy == "align" else 0
         self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
         self.norm = SameDtypeLayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
-        # Pooling: the mean without anything trained before it, since the default language model is
-        # made for it; else the maximum. For frozen the maximum, for align the mean was worse
-        # (docs/experiments.md).
+        # Pooling (our choice): for frozen, where nothing before it is trained, the mean, which the
+        # default language model is made for; otherwise the maximum. For frozen and for align, the
+        # other of the two was worse (docs/experiments.md).
         self.pool = masked_mean if strategy == "frozen" else masked_max
 
     def train(self, mode: bool = True):
@@ -459,8 +459,8 @@ class ParaCLIP(nn.Module):
     def forward(self, images, text):
         """-> image features (B, E), text features (B, E), inverse temperature."""
         # Text first: transformers makes the CPU wait for the GPU when it looks at a mask. So the
-        # image tower's work is queued after that wait. (With --accum, it includes the micro-batch
-        # before.)
+        # image tower's work is queued after that wait. (With --accum, the wait includes the
+        # micro-batch before.)
         text_features = self.encode_text(text)
         return self.encode_image(images), text_features, self.logit_scale.exp()
 
@@ -872,7 +872,7 @@ class Log:
         self.file = open(out / "log.jsonl", "a")
         # Rows that are newer than the checkpoint are of steps that will be taken again.
         self.file.truncate(min(checkpoint["log_bytes"], self.file.tell()))
-        # The place to write at; truncate() leaves it where it was.
+        # For tell() in save_checkpoint(): truncate() leaves the position where it was.
         self.file.seek(0, io.SEEK_END)
         self.seconds_before = checkpoint["seconds"]
         self.start_clock()

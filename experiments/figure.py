@@ -1,11 +1,13 @@
 """The README's figure: what two models find for a query and for its paraphrase.
 
     python -m experiments.figure runs/ablation-emoji/scratch-0 runs/ablation-emoji/align-0 \\
-        --labels "CLIP-style text tower" "frozen LM + alignment layers" --figure assets/figure.png
+        --labels "CLIP-style text tower" "frozen language model + alignment" \\
+        --only "a bicycle" --figure assets/figure.png
 
 Draws a gallery in which every query has six correct images: each emoji that has a synonym stands
 alone in six scenes, with other sizes, places and backgrounds. Then it runs eval_paraphrase.py on
-it, with the flags given; the figure shows the pair of median gain.
+it, with the flags given. The figure shows the pair of median gain, or, with --only "a bicycle", the
+pair of this query.
 """
 
 import io
@@ -22,8 +24,9 @@ from demo.emoji_scenes import (caption_of, draw_glyphs, draw_scene, emoji_names,
 SCENES_PER_EMOJI = 6
 
 
-def write_gallery(folder: Path):
-    """Writes images/*.png and pairs.jsonl: a query by name and one by synonym for each emoji."""
+def write_gallery(folder: Path, only: str = ""):
+    """Writes images/*.png and pairs.jsonl: a query by name and one by synonym for each emoji, or
+    for the emoji of the query `only`."""
     (folder / "images").mkdir(parents=True)
     rng = random.Random(0)
     emoji_list = emoji_names()
@@ -42,14 +45,19 @@ def write_gallery(folder: Path):
                 file.write(png.getvalue())
         pairs.append({"query": caption_of("{}", "{0}", [emoji.name]),
                       "paraphrase": paraphrases["synonym"], "images": names, "kind": "synonym"})
-    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    lines = [json.dumps(pair) + "\n" for pair in pairs if only in ("", pair["query"])]
     (folder / "pairs.jsonl").write_text("".join(lines))
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    only = ""
+    if "--only" in argv:
+        place = argv.index("--only")
+        only = argv[place + 1]
+        del argv[place:place + 2]
     with tempfile.TemporaryDirectory() as folder:
-        write_gallery(Path(folder, "gallery"))
+        write_gallery(Path(folder, "gallery"), only)
         eval_paraphrase.main([*argv, "--pairs", f"{folder}/gallery/pairs.jsonl",
                               "--images", f"{folder}/gallery/images"])
 
