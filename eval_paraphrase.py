@@ -110,8 +110,6 @@ def check_flags(cfg: EvalConfig):
             require(not getattr(cfg, name), f"--{name} shows pairs: give --pairs, or --query")
         require(cfg.k == 10, "--k is the length of the lists of --pairs, which is not given")
 
-    for path in (cfg.figure, cfg.summary):
-        require(not path or path.endswith(".png"), f"{path}: figures are .png files")
     # Outputs are refused now rather than after an hour of measuring.
     outputs = [cfg.json, cfg.details, cfg.figure, cfg.summary]
     outputs = [path for path in outputs if path]
@@ -124,6 +122,8 @@ def check_flags(cfg: EvalConfig):
                 f"{path} cannot be written: its folder does not exist")
         require(outputs.count(path) == 1 and path not in inputs,
                 f"{path} cannot be written: another flag names the same file")
+    for path in (cfg.figure, cfg.summary):
+        require(not path or path.endswith(".png"), f"{path}: figures are .png files")
     try:
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
