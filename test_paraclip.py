@@ -145,7 +145,7 @@ def write_shards(folder: Path, counts: list[int]) -> str:
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """The bytes with bits flipped, a byte changed, the end cut, two parts swapped, or one removed."""
+    """The bytes with bits flipped, a byte changed, the end cut, or parts swapped or removed."""
     a, b, c = sorted(rng.randrange(len(content) + 1) for _ in range(3))
     kind = rng.randrange(6)
     if kind == 0:
