@@ -689,7 +689,8 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     # Parameters that share learning rate and decay form a group.
     muon_groups, adamw_groups = {}, {}
     for name, p in trained_weights(model).items():
-        is_matrix = p.ndim in (2, 4)  # a kernel has 4 dimensions, the class token 3
+        # A convolution's kernel has 4 dimensions, the class token 3.
+        is_matrix = p.ndim in (2, 4)
         is_finetuned = cfg.text == "finetune" and name.startswith("text_tower.lm.")
         lr = cfg.lr * cfg.lm_lr if is_finetuned else cfg.lr
         decay = cfg.weight_decay if is_matrix and not is_finetuned else 0.0
@@ -751,7 +752,8 @@ def train(cfg: Config):
         if rank == 0:
             # Before the run is read, so that the second of two commands in one folder is refused.
             cleanup.callback(claim_run_folder(out).release)
-        all_gather_object(None)  # wait until rank 0 holds the lock
+        # Wait until rank 0 holds the lock.
+        all_gather_object(None)
         checkpoint = read_run(cfg, out, index)
         start = checkpoint["step"]
         check_same_everywhere(dict(asdict(cfg), step=start, total_steps=steps,
@@ -849,8 +851,9 @@ def train(cfg: Config):
                 print(f"done; samples skipped: {all_skipped}. "
                       f"Next: python eval_paraphrase.py {out}")
             if stop and not is_last:
-                # torchrun kills rank 0 thirty seconds after the first other rank has ended.
-                all_gather_object(None)  # wait until rank 0 has saved
+                # Wait until rank 0 has saved: torchrun kills it thirty seconds after the first
+                # other rank has ended.
+                all_gather_object(None)
                 if rank == 0:
                     print(f"stopped by a signal at step {step}; run the same command to resume")
                 # The same status for all signals: not every rank may have had the signal.
@@ -1037,7 +1040,8 @@ def prepare_tokenizer(tokenizer, lm: nn.Module):
         raise ValueError("its tokenizer has neither a padding token nor an end token")
     limits = [CONTEXT_LENGTH, tokenizer.model_max_length]
     positions = getattr(lm.config, "max_position_embeddings", None)
-    if positions and positions > 0:  # XLNet, without a limit, has -1
+    # XLNet, which has no limit, says -1.
+    if positions and positions > 0:
         limits.append(positions)
     tokenizer.model_max_length = min(limits)
 
