@@ -172,22 +172,23 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
 # ---- the training loader -------------------------------------------------------------------------
 # If so many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
-# A micro-batch has at most LENGTH_GROUPS groups of captions, each of at least MIN_GROUP captions.
+# tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
 LENGTH_GROUPS = 4
 MIN_GROUP = 64
 
 
 class TrainingSet(Dataset):
-    """(epoch, sample) -> (image uint8 (3, S, S), caption, reason).
+    """(epoch, sample) -> (image uint8 (3, S, S), caption, all captions of the image, reason).
 
-    Crop, and caption where a sample has several, are functions of (seed, epoch, sample). A sample
-    that proves bad is replaced by another one, and `reason` says why; it is "" otherwise.
+    Crop, mirroring, and caption where a sample has several, are functions of (seed, epoch, sample).
+    A sample that proves bad is replaced by another one, and `reason` says why; it is "" otherwise.
     """
 
-    def __init__(self, index: ShardIndex, image_size: int, min_area: float, seed: int):
-        self.index, self.image_size, self.min_area, self.seed = index, image_size, min_area, seed
+    def __init__(self, index: ShardIndex, image_size: int, min_area: float, flip: bool, seed: int):
+        self.index, self.image_size, self.seed = index, image_size, seed
+        self.min_area, self.flip = min_area, flip
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, str, str]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, str, list[str], str]:
         epoch, i = key
         first_reason = ""
         # numpy's generators take twice as long to seed.
@@ -203,41 +204,54 @@ class TrainingSet(Dataset):
                 i = rng.randrange(len(self.index))
                 continue
             caption = captions[0] if len(captions) == 1 else rng.choice(captions)
-            return image, caption, first_reason
+            if self.flip and rng.random() < 0.5:
+                image = image.flip(-1)
+            return image, caption, captions, first_reason
         raise UserError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the first: "
                         f"{first_reason}")
 
 
-def collate(samples: list, accum: int, tokenize):
-    """Samples of a TrainingSet -> `accum` micro-batches, and {reason: samples replaced}.
+def collate(samples: list, accum: int, tokenize, with_all_captions: bool):
+    """Samples of a TrainingSet -> (`accum` micro-batches, all captions, {reason: samples replaced}).
 
     A micro-batch is (images uint8 (b, 3, S, S), a list of token batches, which together have b
-    rows). Captions of about equal length share a token batch, so that they need little padding.
+    rows). All captions, if asked for, are a list of token batches of every caption of every image,
+    and for each of these captions the number of its image; otherwise None.
     """
     # The order within a batch does not matter to the loss.
     samples = sorted(samples, key=lambda sample: len(sample[1]))
     size = len(samples) // accum
-    group = max(MIN_GROUP, math.ceil(size / LENGTH_GROUPS))
     micro_batches = []
     for first in range(0, len(samples), size):
-        images, captions, _ = zip(*samples[first:first + size])
-        token_batches = []
-        for i in range(0, size, group):
-            token_batches.append(tokenize(list(captions[i:i + group])))
+        images, captions, _, _ = zip(*samples[first:first + size])
         # In a worker, default_collate writes into memory that the parent shares; stack does not.
-        micro_batches.append((default_collate(images), token_batches))
-    replaced = Counter(reason for _, _, reason in samples if reason)
+        micro_batches.append((default_collate(images), tokenize_groups(captions, tokenize)))
+    all_captions = None
+    if with_all_captions:
+        pairs = [(caption, number) for number, sample in enumerate(samples)
+                 for caption in sample[2]]
+        captions, numbers = zip(*sorted(pairs, key=lambda pair: len(pair[0])))
+        all_captions = tokenize_groups(captions, tokenize), torch.tensor(numbers)
+    replaced = Counter(sample[3] for sample in samples if sample[3])
     # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
-    return micro_batches, dict(replaced)
+    return micro_batches, all_captions, dict(replaced)
+
+
+def tokenize_groups(captions: tuple[str], tokenize) -> list[dict]:
+    """Captions, sorted by length -> token batches. Captions of about equal length share one, so
+    that they need little padding."""
+    group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
+    return [tokenize(list(captions[i:i + group])) for i in range(0, len(captions), group)]
 
 
 def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, ranks: int,
                     tokenize, pin_memory: bool = False) -> DataLoader:
-    """Iterates over this rank's batches of the steps start .. steps - 1: `collate`'s cfg.accum
-    micro-batches of b = batch_size / ranks / accum samples, and {reason: samples replaced}.
+    """Iterates over this rank's batches of the steps start .. steps - 1, as `collate` returns them:
+    cfg.accum micro-batches have b = batch_size / ranks / accum samples each.
 
     The batches are the same for any cfg.workers. tokenize: list of str -> dict of tensors.
-    cfg has batch_size (global), accum, image_size, crop (minimum area), seed and workers.
+    cfg has batch_size (global), accum, image_size, crop (minimum area), flip, geometry (all
+    captions are needed if it is not 0), seed and workers.
     """
     # Every tensor that a worker hands over takes a file descriptor.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -246,9 +260,10 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, r
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
     return make_loader(
-        TrainingSet(index, cfg.image_size, cfg.crop, cfg.seed), cfg.workers,
+        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cfg.workers,
         batch_sampler=batch_order(index, cfg.batch_size, cfg.seed, start, steps, rank, ranks),
-        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize),
+        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize,
+                                     with_all_captions=cfg.geometry > 0),
         pin_memory=pin_memory)
 
 

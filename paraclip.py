@@ -76,6 +76,8 @@ class Config:
                         at_least=0)
     crop: float = flag(0.8, "minimum area fraction of the random resized crop", above=0,
                        at_most=1)
+    flip: bool = flag(
+        False, "mirror half of the training images; not where captions tell left from right")
     # text tower
     text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))
@@ -108,7 +110,7 @@ class Config:
                         above=0, at_most=1)
     weight_decay: float = flag(0.01, "decoupled, on matrices only", at_least=0)
     warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", at_least=0)
-    seed: int = flag(0, "of weights, order and crops", at_least=0, at_most=2 ** 32 - 1)
+    seed: int = flag(0, "of weights, order, crops and captions", at_least=0, at_most=2 ** 32 - 1)
     precision: str = flag("", "of the towers (default: bf16 where the machine is fast in it)",
                           choices=("bf16", "fp32"))
     compile: bool = flag(False, "torch.compile the image tower")
@@ -432,14 +434,22 @@ class ParaCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_lm(self, text):
-        """-> the language model's own unit features (B, W), the mean of its token states: for
-        geometry_loss, and to compare with."""
+        """-> the language model's own unit features (B, W), the mean of its token states."""
         means = []
         for tokens in self.token_batches(text):
             with self.autocast():
                 states = self.text_tower.lm_states(tokens)
             means.append(masked_mean(states.float(), tokens["attention_mask"]))
         return F.normalize(torch.cat(means), dim=-1)
+
+    def caption_centroids(self, all_captions, images: int):
+        """-> for each image the mean of encode_lm over all its captions, as unit features (images,
+        W): the target of geometry_loss. all_captions: see collate() in data.py."""
+        token_batches, numbers = all_captions
+        features = self.encode_lm(token_batches)
+        sums = features.new_zeros(images, features.shape[1])
+        sums.index_add_(0, numbers.to(features.device), features)
+        return F.normalize(sums, dim=-1)
 
     def token_batches(self, text) -> list[dict]:
         """Text in any of its forms -> token batches on the model's device."""
@@ -527,11 +537,13 @@ GEOMETRY_TAU = 0.1  # temperature of the neighbourhoods
 def geometry_loss(image_features, text_features, lm_features):
     """Asks both towers for the neighbourhoods of the frozen language model. Not in the paper.
 
-    Each row of a similarity matrix, without its diagonal, is a softmax over neighbours at
-    temperature GEOMETRY_TAU. The loss is KL(lm-lm || text-text) (relational distillation, compare
-    arXiv 2506.16895) + half of KL(lm-lm || image-text) + half of KL(lm-lm || text-image) (compare
-    CWCL, arXiv 2309.14580), each the mean over rows. lm_features (B, W) are constants, the others
-    (B, E). Over ranks it is exact like the loss above.
+    lm_features (B, W) are the language model's, for each image the mean over all its captions: the
+    captions of one image are paraphrases of a kind, and so they share their neighbourhood. They
+    are constants; the others, (B, E), are trained. Each row of a similarity matrix, without its
+    diagonal, is a softmax over neighbours at temperature GEOMETRY_TAU. The loss is
+    KL(lm-lm || text-text) (relational distillation, compare arXiv 2506.16895)
+    + half of KL(lm-lm || image-text) + half of KL(lm-lm || text-image) (compare CWCL, arXiv
+    2309.14580), each the mean over rows. Over ranks it is exact like the loss above.
     """
     target = neighbour_log_probabilities(lm_features, lm_features)
 
@@ -557,10 +569,12 @@ def neighbour_log_probabilities(queries, keys):
 
 
 # ---- one step: gradients, optimizers, learning rate ----------------------------------------------
-def backward(model, cfg: Config, micro_batches):
+def backward(model, cfg: Config, micro_batches, all_captions=None):
     """Forward and backward pass: leaves the gradients of one step on this rank's pairs in .grad,
     and returns loss and accuracy.
 
+    all_captions: those of all micro-batches' images, see collate() in data.py; None without
+    --geometry.
     micro_batches: a list of cfg.accum pairs (images, token batches). With several, only one
     micro-batch's activations are alive at a time, and still the loss sees all pairs (GradCache,
     arXiv 2101.06983): a first pass computes all features without a graph, the loss gives the
@@ -571,10 +585,8 @@ def backward(model, cfg: Config, micro_batches):
         loss, accuracy = contrastive_loss(image_features, text_features, logit_scale)
         if cfg.geometry:
             unwrapped = getattr(model, "module", model)
-            lm_features = torch.cat(
-                [unwrapped.encode_lm(text) for _, text in micro_batches])
-            term = geometry_loss(image_features, text_features, lm_features)
-            loss = loss + cfg.geometry * term
+            centroids = unwrapped.caption_centroids(all_captions, len(image_features))
+            loss = loss + cfg.geometry * geometry_loss(image_features, text_features, centroids)
         return loss, accuracy
 
     if len(micro_batches) == 1:
@@ -788,7 +800,7 @@ def train(cfg: Config):
         # generator, so it ends before: a generator cannot be closed while a thread runs it.
         fetcher = cleanup.enter_context(ThreadPoolExecutor(1))
         # Fetched here, since torch notices dying workers only if the main thread started them.
-        micro_batches, replaced = next(batches)
+        micro_batches, all_captions, replaced = next(batches)
         if rank == 0:
             log.start_clock()
 
@@ -805,13 +817,13 @@ def train(cfg: Config):
 
         # Phase 4: the loop.
         for step in range(start + 1, steps + 1):
-            # (None, {}) stands for the batch after the last.
-            upcoming = fetcher.submit(next, batches, (None, {}))
+            # (None, None, {}) stands for the batch after the last.
+            upcoming = fetcher.submit(next, batches, (None, None, {}))
 
             # The method: the gradient of CLIP's loss over the global batch, one optimizer step.
             # Steps count from 1 here, from 0 in schedule() and in the loader.
             lr_scale = schedule(step - 1, steps, cfg.warmup)
-            loss, accuracy = backward(parallel, cfg, micro_batches)
+            loss, accuracy = backward(parallel, cfg, micro_batches, all_captions)
             grad_norm = update(model, optimizers, lr_scale)
 
             # Means over the ranks. The request to stop is among them so that all ranks stop at the
@@ -830,7 +842,7 @@ def train(cfg: Config):
             skipped.update(replaced)
             began_waiting = time.perf_counter()
             if not stop:
-                micro_batches, replaced = upcoming.result()
+                micro_batches, all_captions, replaced = upcoming.result()
             waited = time.perf_counter() - began_waiting
 
             is_last = step == steps
@@ -979,8 +991,7 @@ def build(cfg: Config, device: torch.device):
 
 
 def open_batches(cfg: Config, index: ShardIndex, model: ParaCLIP, start: int, steps: int):
-    """Yields this rank's micro-batches of the steps start .. steps - 1, see backward(), and
-    {reason: samples replaced}."""
+    """Yields this rank's batches of the steps start .. steps - 1, see collate() in data.py."""
     tokenize = model.tokenize
     if cfg.cache_lm and model.text_tower.frozen:
         tokenize = cache_lm_states(model, index)

@@ -738,7 +738,7 @@ def as_letters(captions: list[str]) -> dict:
 
 
 def training_loader(index, start=0, steps=8, rank=0, ranks=1, tokenize=as_letters, **options):
-    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, workers=0)
+    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False, geometry=0.0, workers=0)
     vars(cfg).update(options)
     return data.training_loader(index, cfg, start, steps, rank, ranks, tokenize)
 
@@ -759,7 +759,7 @@ def load(index, ranks=1, **options) -> list[dict]:
     batches = [{} for _ in range(options.get("start", 0), options.get("steps", 8))]
     for rank in range(ranks):
         loader = training_loader(index, rank=rank, ranks=ranks, **options)
-        for batch, (micro_batches, _) in zip(batches, loader, strict=True):
+        for batch, (micro_batches, _, _) in zip(batches, loader, strict=True):
             batch.update(images_of(micro_batches))
     return batches
 
@@ -801,16 +801,32 @@ def test_a_caption_comes_with_its_image(tmp_path):
 
 def test_captions_of_equal_length_are_grouped(monkeypatch):
     monkeypatch.setattr(data, "MIN_GROUP", 2)
-    samples = [(torch.zeros(3, 2, 2), length * "x", "") for length in 16 * [1, 2, 3, 4]]
-    ((_, token_batches),), _ = data.collate(samples, 1, as_letters)
+    samples = [(torch.zeros(3, 2, 2), length * "x", [], "") for length in 16 * [1, 2, 3, 4]]
+    ((_, token_batches),), _, _ = data.collate(samples, 1, as_letters, False)
     assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_all_captions_know_their_images(monkeypatch, accum):
+    monkeypatch.setattr(data, "MIN_GROUP", 2)
+    captions = [["ab", "abcd"], ["b"], ["cde", "c", "cd"], ["d", "dd"]]
+    samples = [(torch.full((1,), i), own[-1], own, "") for i, own in enumerate(captions)]
+    micro_batches, (token_batches, numbers), _ = data.collate(samples, accum, as_letters, True)
+    images = torch.cat([images for images, _ in micro_batches]).flatten()
+    rows = [row for tokens in token_batches for row in tokens["ids"]]
+    pairs = []
+    for row, number in zip(rows, numbers, strict=True):
+        pairs.append((images[number].item(), "".join(map(chr, row[row > 0]))))
+    assert sorted(pairs) == sorted((i, caption) for i in range(4) for caption in captions[i])
+    # Sorted by length, so that a group needs little padding.
+    assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 2, 2, 4]
 
 
 def test_a_caption_is_drawn_anew_each_epoch(tmp_path):
     members = {}
     for i in range(40):
         members |= {f"{i}.jpg": JPEG, f"{i}.json": b'{"caption": ["a", "b", "c"]}'}
-    samples = data.TrainingSet(index_of(tmp_path, members), 8, 0.5, seed=0)
+    samples = data.TrainingSet(index_of(tmp_path, members), 8, 0.5, flip=False, seed=0)
     first, second, again = [], [], []
     for i in range(40):
         first.append(samples[0, i][1])
@@ -820,12 +836,31 @@ def test_a_caption_is_drawn_anew_each_epoch(tmp_path):
     assert min(Counter(first).values()) > 5
 
 
+def test_flip_mirrors_half_of_the_images_and_changes_nothing_else(tmp_path):
+    members = {}
+    for i in range(40):
+        members |= {f"{i}.jpg": image_bytes(i), f"{i}.json": b'{"caption": ["a", "b", "c"]}'}
+    index = index_of(tmp_path, members)
+    plain = data.TrainingSet(index, 8, 0.5, flip=False, seed=0)
+    flipping = data.TrainingSet(index, 8, 0.5, flip=True, seed=0)
+    mirrored = 0
+    for i in range(40):
+        image, caption, _, _ = plain[0, i]
+        other, other_caption, _, _ = flipping[0, i]
+        assert caption == other_caption
+        if not torch.equal(image, other):
+            # Columns in reverse, by numpy.
+            assert np.array_equal(image.numpy()[:, :, ::-1], other.numpy())
+            mirrored += 1
+    assert 10 <= mirrored <= 30
+
+
 def test_bad_images_are_replaced_and_counted(tmp_path):
     folder = write_shards(tmp_path, [9])
     write_tar(tmp_path / "1.tar", broken_sample(10) + broken_sample(11))
     index = ShardIndex(folder)
     options = dict(steps=1, batch_size=11, crop=0.5)
-    (micro_batches, replaced), = training_loader(index, **options)
+    (micro_batches, _, replaced), = training_loader(index, **options)
     # Pinning would count twice what stands in a Counter.
     assert type(replaced) is dict and replaced == {"broken image": 2}
     batch = images_of(micro_batches)
@@ -1097,6 +1132,22 @@ def test_captions_are_pooled_without_padding(lm, text, pool):
     assert torch.allclose(model.encode_lm([LONG, SHORT])[1], pooled, atol=1e-6)
 
 
+def test_caption_centroids_against_a_loop(lm):
+    model = build(lm)
+    captions = {0: [SHORT], 1: ["a cat", LONG, "two dogs"], 2: ["a blue circle", "a dog"]}
+    expected = []
+    for own in captions.values():
+        mean = sum(model.encode_lm(caption)[0] for caption in own) / len(own)
+        expected.append(mean / mean.norm())
+    # In another order, and in two batches.
+    pairs = [(2, "a dog"), (1, LONG), (0, SHORT), (1, "a cat"), (2, "a blue circle"),
+             (1, "two dogs")]
+    numbers, texts = zip(*pairs)
+    batches = [model.tokenize(list(texts[:2])), model.tokenize(list(texts[2:]))]
+    centroids = model.caption_centroids((batches, torch.tensor(numbers)), 3)
+    assert torch.allclose(centroids, torch.stack(expected), atol=1e-6)
+
+
 def test_half_a_surrogate_is_encoded(lm):
     assert build(lm).encode_text("a dog \ud83d").isfinite().all()
 
@@ -1293,8 +1344,17 @@ def gradients(lm, rank: int, ranks: int, **case):
     cfg = Config(**TINY | dict(lm=lm) | case)
     model, parallel, _ = paraclip.build(cfg, torch.device("cpu"))
     randomize_blocks(model)
-    micro_batches = make_batch(model, 16 // ranks, cfg.accum, start=rank * 16 // ranks)
-    loss, _ = paraclip.backward(parallel, cfg, micro_batches)
+    start, size = rank * 16 // ranks, 16 // ranks
+    micro_batches = make_batch(model, size, cfg.accum, start)
+    # The captions of make_batch, and a second one for every third image.
+    numbers = list(range(size))
+    captions = [sentence(start + number) for number in numbers]
+    for number in range(size):
+        if (start + number) % 3 == 0:
+            numbers.append(number)
+            captions.append(sentence(start + number + 50))
+    all_captions = [model.tokenize(captions)], torch.tensor(numbers)
+    loss, _ = paraclip.backward(parallel, cfg, micro_batches, all_captions)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -130,19 +130,19 @@ def measure(cfg: SpeedConfig) -> dict:
                         f"{ranks} x {cfg.accum}, and at most the {len(index)} samples of the set")
     model, parallel, optimizers = build(cfg, device)
     batches = open_batches(cfg, index, model, 0, 1 << 40)  # more steps than are ever taken
-    micro_batches, _ = next(batches)
+    micro_batches, all_captions, _ = next(batches)
     waited = []
     fetcher = ThreadPoolExecutor(1)
 
     def step():
         # As in training, a thread fetches the next batch while this one is computed.
-        nonlocal micro_batches
+        nonlocal micro_batches, all_captions
         upcoming = fetcher.submit(next, batches)
-        loss, _ = backward(parallel, cfg, micro_batches)
+        loss, _ = backward(parallel, cfg, micro_batches, all_captions)
         update(model, optimizers, 0.1)
         loss.item()
         began = time.perf_counter()
-        micro_batches, _ = upcoming.result()
+        micro_batches, all_captions, _ = upcoming.result()
         waited.append(time.perf_counter() - began)
 
     def image_tower():
