@@ -39,7 +39,8 @@ ROWS = {
 SETTINGS = {
     "emoji": {},
     "flickr8k": {"all": ["--steps", "200", "--image-size", "96", "--crop", "0.4", "--flip",
-                         "--weight-decay", "0.3"]},
+                         "--weight-decay", "0.3"],
+                 "scratch": ["--lr", "5e-4"]},
 }
 
 
