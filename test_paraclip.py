@@ -409,7 +409,7 @@ def test_workers_outlive_signals_for_minutes(tmp_path):
 
     index = ShardIndex(write_shards(tmp_path, [8]))
     loader = training_loader(index, tokenize=signal_own_process, steps=1, workers=1)
-    (((_, token_batches),), _), = loader
+    (((_, token_batches),), _, _), = loader
     assert token_batches[0]["seconds_left"] > 500
 
 
