@@ -212,7 +212,7 @@ class TrainingSet(Dataset):
 
 
 def collate(samples: list, accum: int, tokenize, with_all_captions: bool):
-    """Samples of a TrainingSet -> (`accum` micro-batches, all captions, {reason: samples replaced}).
+    """Samples of a TrainingSet -> `accum` micro-batches, all captions, {reason: samples replaced}.
 
     A micro-batch is (images uint8 (b, 3, S, S), a list of token batches, which together have b
     rows). All captions, if asked for, are a list of token batches of every caption of every image,
@@ -228,11 +228,13 @@ def collate(samples: list, accum: int, tokenize, with_all_captions: bool):
         micro_batches.append((default_collate(images), tokenize_groups(captions, tokenize)))
     all_captions = None
     if with_all_captions:
-        pairs = [(caption, number) for number, sample in enumerate(samples)
-                 for caption in sample[2]]
+        pairs = []
+        for number, (_, _, captions_of_image, _) in enumerate(samples):
+            for caption in captions_of_image:
+                pairs.append((caption, number))
         captions, numbers = zip(*sorted(pairs, key=lambda pair: len(pair[0])))
         all_captions = tokenize_groups(captions, tokenize), torch.tensor(numbers)
-    replaced = Counter(sample[3] for sample in samples if sample[3])
+    replaced = Counter(reason for _, _, _, reason in samples if reason)
     # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
     return micro_batches, all_captions, dict(replaced)
 

@@ -738,7 +738,8 @@ def as_letters(captions: list[str]) -> dict:
 
 
 def training_loader(index, start=0, steps=8, rank=0, ranks=1, tokenize=as_letters, **options):
-    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False, geometry=0.0, workers=0)
+    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False,
+                    geometry=0.0, workers=0)
     vars(cfg).update(options)
     return data.training_loader(index, cfg, start, steps, rank, ranks, tokenize)
 

@@ -35,7 +35,8 @@ ROWS = {
     "geometry": ["--text", "align", "--geometry", "2"],
 }
 # Further flags, by the name of the data set: those of all rows, then those of a row. They were
-# chosen on the val split, for each row by itself, so that a baseline that loses loses at its best.
+# chosen on the val split (docs/experiments.md): what all rows share, and the rate of each trained
+# language model by itself, so that a baseline does not lose by its rate.
 SETTINGS = {
     "emoji": {},
     "flickr8k": {"all": ["--steps", "200", "--image-size", "96", "--crop", "0.4", "--flip",

@@ -22,8 +22,8 @@ import math
 import resource
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
