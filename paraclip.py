@@ -890,15 +890,14 @@ class Log:
         # For tell() in save_checkpoint(): truncate() leaves the position where it was.
         self.file.seek(0, io.SEEK_END)
         self.seconds_before = checkpoint["seconds"]
-        self.start_clock()
         self.waited = 0.0
         # disable=None: no bar unless stderr is a terminal.
         self.bar = tqdm(total=steps, initial=self.start, desc=out.name, unit="step",
                         disable=None)
 
     def start_clock(self):
-        """Called when the first batch is there: preparation counts neither as training nor as
-        waiting."""
+        """Called before the first step, when its batch is there: preparation counts neither as
+        training nor as waiting."""
         self.began = self.last_row_time = self.last_line_time = time.perf_counter()
 
     def seconds(self) -> float:
