@@ -1,14 +1,16 @@
-"""A plot of rank similarity over training time, a line for each way to use the language model.
+"""A plot of rank similarity and recall over training time, a line for each row of the ablation.
 
     python -m experiments.curve --data flickr8k        # what stands after -- goes to every training
 
-The y axis is the headline's AO@10 minus AO@10 of unrelated queries: an untrained model, which finds
-nearly the same images for any query, is at 0. The points of a line are separate trainings of 1/8,
-1/4, 1/2 and all of the seconds that align takes in the ablation, each with its whole schedule.
+On the left the headline's AO@10 minus AO@10 of unrelated queries: an untrained model, which finds
+nearly the same images for any query, is at 0. On the right R@10: rank similarity alone would favour
+a model that finds little. The points of a line are separate trainings of 1/8, 1/4, 1/2 and all of
+the seconds that align takes in the ablation, each with its whole schedule.
 """
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import UserError, atomic_write, flag, parse_config, run
 from experiments.ablation import (AblationConfig, average, columns, complete, measurements,
@@ -32,22 +34,41 @@ class CurveConfig(AblationConfig):
                             "have no effect on the curve")
 
 
-def draw(path: str, lines: dict[str, list[tuple]], kind: str):
-    """lines: {row: its points (seconds, AO minus AO of unrelated queries, x100)}."""
-    from matplotlib.figure import Figure
+def point_of(runs: list[Path], measured: dict) -> dict[str, float]:
+    """{what is drawn: value x100, "seconds": of training}, means over these runs of one length."""
+    means = average([columns(run, read_report(run, measured)) for run in runs])
+    # The headline's AO@10 is the first column.
+    headline = next(iter(means))
+    similarity = means[headline]["mean"] - means["AO@10 unrelated"]["mean"]
+    return {"seconds": training_seconds(runs), f"{headline}, minus that of unrelated": similarity,
+            "R@10": means["R@10"]["mean"]}
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, (row, points) in zip(COLOURS, lines.items()):
-        seconds, similarity = zip(*points)
-        axes.plot(seconds, similarity, color=colour, linewidth=1.5, marker="o")
-        axes.annotate(row, points[-1], (7, 0), textcoords="offset points", va="center",
-                      color=colour)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="seconds of training", ylabel=f"{kind}, minus that of unrelated queries")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.15)
+
+def draw(path: str, lines: dict[str, list[dict]]):
+    """lines: {row: its points, the shortest training first}. A panel for each value of a point."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    first_point = next(iter(lines.values()))[0]
+    values = [name for name in first_point if name != "seconds"]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, value in zip(figure.subplots(1, len(values)), values):
+        for colour, (row, points) in zip(COLOURS, lines.items()):
+            seconds = [point["seconds"] for point in points]
+            axes.plot(seconds, [point[value] for point in points], color=colour, linewidth=1.5,
+                      marker="o", label=row)
+        axes.set_xscale("log")
+        axes.set_xticks([20, 50, 100, 200, 500, 1000, 2000])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        longest = max(point["seconds"] for points in lines.values() for point in points)
+        shortest = min(point["seconds"] for points in lines.values() for point in points)
+        axes.set_xlim(shortest / 1.2, longest * 1.2)
+        axes.set(xlabel="seconds of training", ylabel=value)
+        axes.spines[["top", "right"]].set_visible(False)
+    # All panels have the same lines.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(lines),
+                  frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=160)
 
@@ -70,11 +91,8 @@ def main(argv=None):
             # With all of the seconds, that is the run that they were measured of.
             del steps["align"]
         for row, runs in complete(cfg, measured, extra, steps).items():
-            means = average([columns(path, read_report(path, measured)) for path in runs])
-            headline = next(iter(means))
-            similarity = means[headline]["mean"] - means["AO@10 unrelated"]["mean"]
-            lines[row].append((training_seconds(runs), similarity))
-    draw(cfg.figure, lines, headline)
+            lines[row].append(point_of(runs, measured))
+    draw(cfg.figure, lines)
     print(cfg.figure)
     print(json.dumps(lines))
 

@@ -18,7 +18,7 @@ import data
 import eval_paraphrase
 import paraclip
 from data import UserError
-from experiments import ablation, flickr8k, speed, where_lost
+from experiments import ablation, curve, flickr8k, speed, where_lost
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
@@ -225,6 +225,15 @@ def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys)
     assert (cell["mean"], cell["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert f"| {np.mean(values):.1f}" in printed
     assert "the language model alone" in tables["searching captions"]
+
+    # The curve's points are made of the same columns.
+    measured = ablation.measurements(ablation.AblationConfig(data=str(benchmark), sts=str(sts)))
+    point = curve.point_of([tmp_path / "runs/align-0", tmp_path / "runs/align-1"], measured)
+    row = {column: cell["mean"] for column, cell in tables["equal steps"]["align"].items()}
+    headline = next(iter(row))
+    assert point[f"{headline}, minus that of unrelated"] == pytest.approx(
+        row[headline] - row["AO@10 unrelated"])
+    assert (point["R@10"], point["seconds"]) == pytest.approx((row["R@10"], row["training, s"]))
 
     # What is finished is measured again only where the content of a file has changed.
     ablation.main(argv)
