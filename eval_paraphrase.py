@@ -113,7 +113,8 @@ def check_flags(cfg: EvalConfig):
     # Outputs are refused now rather than after an hour of measuring.
     outputs = [cfg.json, cfg.details, cfg.figure, cfg.summary]
     outputs = [path for path in outputs if path]
-    inputs = [*cfg.models, *cfg.pairs, *cfg.triplets, cfg.captions, cfg.sts]
+    inputs = [*cfg.models, *cfg.pairs, *cfg.triplets, cfg.captions, cfg.sts, cfg.zeroshot,
+              cfg.classnames, cfg.templates]
     for path in outputs:
         # The finished file is moved into place, which would replace a pipe or a device.
         require(Path(path).is_file() or not Path(path).exists(),
@@ -631,7 +632,8 @@ def read_lists(path) -> dict[str, list[str]]:
         for text_field, ranking_field in entries:
             text = checked_text(record.get(text_field), complaint)
             ranking = checked_texts(record.get(ranking_field), complaint)
-            # Details of several models hold each text once a model: the last would win silently.
+            # The details of several models hold each text once per model. Without this check the
+            # first model's list would be taken silently.
             lists.setdefault(text, ranking)
             require(lists[text] == ranking, f"{complaint}; {text!r} has another list further up: "
                     "if the file holds several models, keep the lines of one")
@@ -688,6 +690,7 @@ def read_sts(path) -> list[tuple[str, str, float]]:
     except (ValueError, csv.Error) as error:
         raise UserError(f"{path}, row {reader.line_num}: expected sentence1, sentence2 and a "
                         f"finite score ({error})") from None
+    require(rows, f"{path}: expected rows of sentence1, sentence2 and a finite score")
     return rows
 
 
@@ -952,7 +955,9 @@ class Query(Pairs):
     flag = "query"
 
     def read(self, cfg):
-        query, paraphrase = " ".join(cfg.query), " ".join(cfg.paraphrase)
+        # Several words arrive as several arguments where the quotes were left out.
+        query = fix_surrogates(" ".join(cfg.query))
+        paraphrase = fix_surrogates(" ".join(cfg.paraphrase))
         require(query.strip() and paraphrase.strip(), "--query and --paraphrase must not be empty")
         pair = {"query": query, "paraphrase": paraphrase, "images": [], "kind": "", "group": None}
         return [pair]
