@@ -2513,3 +2513,10 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
 ])
 def test_mistakes_end_in_one_line(cd, capsys, arguments, complaint):
     assert complaint in error_line(capsys, ev, *arguments.split())
+
+
+def test_sts_without_rows_is_refused(tmp_path):
+    path = tmp_path / "dev.csv"
+    path.write_text("sentence1,sentence2,score\n")
+    with pytest.raises(UserError, match="expected rows"):
+        eval_paraphrase.read_sts(path)

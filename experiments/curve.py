@@ -40,8 +40,11 @@ def point_of(runs: list[Path], measured: dict) -> dict[str, float]:
     # The headline's AO@10 is the first column.
     headline = next(iter(means))
     similarity = means[headline]["mean"] - means["AO@10 unrelated"]["mean"]
-    return {"seconds": training_seconds(runs), f"{headline}, minus that of unrelated": similarity,
-            "R@10": means["R@10"]["mean"]}
+    point = {"seconds": training_seconds(runs), f"{headline}, minus that of unrelated": similarity}
+    # A benchmark whose pairs name no images has no recall.
+    if "R@10" in means:
+        point["R@10"] = means["R@10"]["mean"]
+    return point
 
 
 def draw(path: str, lines: dict[str, list[dict]]):
@@ -52,7 +55,7 @@ def draw(path: str, lines: dict[str, list[dict]]):
     first_point = next(iter(lines.values()))[0]
     values = [name for name in first_point if name != "seconds"]
     figure = Figure(figsize=(8, 4), layout="constrained")
-    for axes, value in zip(figure.subplots(1, len(values)), values):
+    for axes, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values):
         for colour, (row, points) in zip(COLOURS, lines.items()):
             seconds = [point["seconds"] for point in points]
             axes.plot(seconds, [point[value] for point in points], color=colour, linewidth=1.5,
@@ -60,6 +63,7 @@ def draw(path: str, lines: dict[str, list[dict]]):
         axes.set_xscale("log")
         axes.set_xticks([20, 50, 100, 200, 500, 1000, 2000])
         axes.xaxis.set_major_formatter("{x:g}")
+        # Otherwise the ticks in between are labelled as powers of ten, over the labels above.
         axes.xaxis.set_minor_formatter(NullFormatter())
         longest = max(point["seconds"] for points in lines.values() for point in points)
         shortest = min(point["seconds"] for points in lines.values() for point in points)
