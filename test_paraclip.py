@@ -2519,4 +2519,4 @@ def test_sts_without_rows_is_refused(tmp_path):
     path = tmp_path / "dev.csv"
     path.write_text("sentence1,sentence2,score\n")
     with pytest.raises(UserError, match="expected rows"):
-        eval_paraphrase.read_sts(path)
+        ev.read_sts(path)
