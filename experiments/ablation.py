@@ -26,28 +26,35 @@ from data import UserError, flag
 from demo.emoji_scenes import emoji_folder
 from experiments.where_lost import search_captions, text_columns, without_training
 
-# The flags of paraclip.py that make a row.
+# What makes a row: the program, and its flags.
 ROWS = {
-    "scratch": ["--text", "scratch"],
-    "finetune": ["--text", "finetune"],
-    "frozen": ["--text", "frozen"],
-    "align": ["--text", "align"],
-    "geometry": ["--text", "align", "--geometry", "2"],
+    "scratch": ["paraclip.py", "--text", "scratch"],
+    "finetune": ["paraclip.py", "--text", "finetune"],
+    "frozen": ["paraclip.py", "--text", "frozen"],
+    "align": ["paraclip.py", "--text", "align"],
+    "geometry": ["paraclip.py", "--text", "align", "--geometry", "2"],
+    # For data with several captions for each image.
+    "scratch-second": ["experiments/second_caption.py", "--text", "scratch"],
+    "finetune-second": ["experiments/second_caption.py", "--text", "finetune"],
+    "align-second": ["experiments/second_caption.py", "--text", "align"],
 }
+DEFAULT_ROWS = ["scratch", "finetune", "frozen", "align", "geometry"]
 # Further flags, by the name of the data set: those of all rows, then those of a row. They were
-# chosen on the val split (docs/experiments.md): what all rows share, and the rate of each trained
-# language model by itself, so that a baseline does not lose by its rate.
+# chosen on the val split (docs/experiments.md): what all rows share, and for each row its own rate
+# and number of steps, so that a baseline does not lose by these.
 SETTINGS = {
     "emoji": {},
     "flickr8k": {"all": ["--steps", "200", "--image-size", "96", "--crop", "0.4", "--flip",
                          "--weight-decay", "0.3"],
-                 "scratch": ["--lr", "5e-4"]},
+                 "scratch": ["--lr", "5e-4"],
+                 "scratch-second": ["--lr", "5e-4"]},
 }
 
 
 @dataclass
 class AblationConfig:
-    rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)} (default: all)")
+    rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)} (default: "
+                           f"{' '.join(DEFAULT_ROWS)})")
     seeds: list[str] = flag([], "seeds of the trainings (default: 0 1 2)")
     data: str = flag("emoji", "a folder in $PARACLIP_DATA, or its path, with train/, val/, test/")
     split: str = flag("test", "what is measured on; val is for choices", choices=("test", "val"))
@@ -61,7 +68,7 @@ class AblationConfig:
 
     def __post_init__(self):
         data.check_ranges(self)
-        self.rows = self.rows or list(ROWS)
+        self.rows = self.rows or DEFAULT_ROWS
         self.seeds = self.seeds or ["0", "1", "2"]
         self.out = self.out or f"runs/ablation-{Path(self.data).name}"
         for row in self.rows:
@@ -77,13 +84,21 @@ class AblationConfig:
 
 # ---- train and measure ---------------------------------------------------------------------------
 def run_program(program: str, *argv):
-    """Runs a program of this repository without its output. Raises UserError if it fails."""
-    command = ["python", program, *map(str, argv)]
-    print("$", *command, file=sys.stderr, flush=True)
-    command = [sys.executable, str(Path(__file__).parents[1] / program), *command[2:]]
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    """Runs a program of this repository without its output.
+
+    program: its path from the root of the repository. Raises UserError if it fails.
+    """
+    argv = [str(argument) for argument in argv]
+    printed = " ".join(["python", program, *argv])
+    print("$", printed, file=sys.stderr, flush=True)
+    root = Path(__file__).parents[1]
+    # For programs in experiments/, which import from the root.
+    paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    status = subprocess.run([sys.executable, str(root / program), *argv], env=environment,
+                            stdout=subprocess.DEVNULL).returncode
     if status:
-        raise UserError(f"`python {program} {' '.join(map(str, argv))}` ended in status {status}")
+        raise UserError(f"`{printed}` ended in status {status}")
 
 
 def content_hash(paths: list[Path]) -> str:
@@ -129,11 +144,12 @@ def train_and_measure(cfg: AblationConfig, measured: dict, extra: list[str], row
     """The run folder, trained and measured. steps: 0 for what the other flags say."""
     run = Path(cfg.out, f"{row}-{seed}-{steps}" if steps else f"{row}-{seed}")
     settings = SETTINGS.get(Path(cfg.data).name, {})
-    flags = [*ROWS[row], *settings.get("all", []), *settings.get(row, []), *extra]
+    program, *flags = ROWS[row]
+    flags += [*settings.get("all", []), *settings.get(row, []), *extra]
     if steps:
         flags += ["--steps", steps]
     shards = "emoji" if cfg.data == "emoji" else cfg.folder() / "train"
-    run_program("paraclip.py", "--data", shards, "--seed", seed, "--out", run, *flags)
+    run_program(program, "--data", shards, "--seed", seed, "--out", run, *flags)
     for report, flags in zip(reports_of(run, measured), measured.values()):
         if not report.exists():
             run_program("eval_paraphrase.py", run, *flags, "--json", report)

@@ -18,7 +18,7 @@ import data
 import eval_paraphrase
 import paraclip
 from data import UserError
-from experiments import ablation, curve, flickr8k, speed, where_lost
+from experiments import ablation, curve, flickr8k, second_caption, speed, where_lost
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
@@ -283,6 +283,69 @@ def test_caption_search_matches_plain_numpy(benchmark):
     overlap = np.mean([len({*ranked[0, :d]} & {*ranked[1, :d]}) / d for d in range(1, k + 1)])
     found = where_lost.overlap_by_kind(Letters(), benchmark / "test")
     assert found["AO@10 order, captions"] == pytest.approx(100 * overlap)
+
+
+# ---- a second caption ----------------------------------------------------------------------------
+def test_second_captions_are_of_the_same_images():
+    captions = {i: [f"{'long ' * (9 - i)}{i} {letter}" for letter in "abc"] for i in range(6)}
+    samples = [(torch.full((3, 2, 2), i), captions[i][1], captions[i], "") for i in range(6)]
+    batch = second_caption.collate_two_captions(samples, 1, lambda texts: texts, False)
+    [(images, token_batches)], _, _ = batch
+    texts = [text for tokens in token_batches for text in tokens]
+    assert len(texts) == 12
+    for image, first, second in zip(images, texts[:6], texts[6:]):
+        i = int(image[0, 0, 0])
+        assert first == captions[i][1] and second in (captions[i][0], captions[i][2])
+    with pytest.raises(UserError, match="the only caption"):
+        second_caption.second_captions([(images[0], "a", ["a"], "")])
+
+
+def test_loss_of_two_captions_matches_plain_sums():
+    torch.manual_seed(0)
+    image, first, second = torch.nn.functional.normalize(torch.randn(3, 5, 8), dim=-1)
+
+    def clip_loss(a, b):
+        logits = 3.0 * a @ b.T
+        right = logits.diagonal()
+        return (2 * -right + logits.logsumexp(0) + logits.logsumexp(1)).mean() / 2
+
+    expected = (clip_loss(image, first) + clip_loss(image, second) + clip_loss(first, second)) / 3
+    loss, accuracy = second_caption.loss_of_two_captions(
+        image, torch.cat([first, second]), torch.tensor(3.0))
+    assert loss.item() == pytest.approx(expected.item())
+    nearest = (image @ first.T).argmax(1)
+    assert accuracy.item() == pytest.approx((nearest == torch.arange(5)).float().mean().item())
+
+
+def test_a_run_with_two_captions(benchmark, lm, tmp_path, monkeypatch):
+    # main() replaces these; monkeypatch puts them back after the test.
+    monkeypatch.setattr(data, "collate", data.collate)
+    monkeypatch.setattr(paraclip, "contrastive_loss", paraclip.contrastive_loss)
+    monkeypatch.setattr(paraclip, "open_index", paraclip.open_index)
+    argv = flags(**TINY | dict(lm=lm, text="finetune", data=benchmark / "train",
+                               out=tmp_path / "run"))
+    with pytest.raises(UserError, match="without --accum"):
+        second_caption.main([*argv, "--accum", "2"])
+    rows = []
+    monkeypatch.setattr(paraclip.ParaCLIP, "encode_text", count_rows(rows))
+    second_caption.main(argv)
+    assert rows == [2 * TINY["batch_size"]] * TINY["steps"]
+    paraclip.load_model(tmp_path / "run")
+    # A run goes on with two captions only.
+    monkeypatch.setattr(paraclip, "open_index", second_caption.open_plain_index)
+    with pytest.raises(UserError, match="other data"):
+        paraclip.main([*argv, "--steps", "3"])
+
+
+def count_rows(rows: list):
+    """encode_text that also notes the number of captions of each call."""
+    encode_text = paraclip.ParaCLIP.encode_text
+
+    def counted(model, text):
+        features = encode_text(model, text)
+        rows.append(len(features))
+        return features
+    return counted
 
 
 # ---- speed ---------------------------------------------------------------------------------------
