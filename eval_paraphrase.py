@@ -42,11 +42,15 @@ from PIL import Image
 from torch.nn.functional import normalize
 from torch.utils.data import default_collate
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor, logging
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import logging as transformers_logging
 
 import data
 from data import UserError, fix_surrogates, flag
 from paraclip import load_model
+
+# A user's FILE.py of such a name would take the place of a module that is in use.
+MODULES_IN_USE = frozenset(sys.modules)
 
 
 @dataclass
@@ -61,7 +65,7 @@ class EvalConfig:
     sts: str = flag("", "CSV or TSV with sentence1, sentence2, score")
     zeroshot: str = flag("", "a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, or a "
                              "JSON file of classnames and labels of --images")
-    benchmark: str = flag("emoji", "its name in $PARACLIP_DATA, or its path")
+    benchmark: str = flag("emoji", "its name in $PARACLIP_DATA, or its absolute path")
     split: str = flag("test", "val is for choices, test for reports", choices=("test", "val"))
     # How it is measured.
     images: str = flag("", "folder of images or shards to search in")
@@ -102,6 +106,10 @@ def check_flags(cfg: EvalConfig):
             f"--images needs what to search for: one of --{', --'.join(searching)}")
     require(cfg.zeroshot or not (cfg.classnames or cfg.templates),
             "--classnames and --templates belong to --zeroshot")
+    for name in ("pairs", "triplets"):
+        paths = getattr(cfg, name)
+        for path in paths:
+            require(paths.count(path) == 1, f"--{name}: {path} is given twice")
     if given:
         require(cfg.benchmark == "emoji" and cfg.split == "test", "--benchmark and --split have no "
                 f"effect beside --{given[0]}: a benchmark is measured alone")
@@ -179,6 +187,7 @@ STEP = 2.0**-24
 
 
 def round_to_step(x: torch.Tensor) -> torch.Tensor:
+    """x, rounded to multiples of STEP in place."""
     return x.div_(STEP).round_().mul_(STEP)
 
 
@@ -197,7 +206,7 @@ def rankings(query_features, gallery_features, k: int, chunk: int = 128) -> torc
 
     Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index. At most
     chunk x N similarities exist at a time.
-    query_features (Q, E), gallery_features (N, E). Returns (Q, min(k, N)) int64 indices.
+    query_features (Q, E), gallery_features (N, E). Returns (Q, min(k, N)) indices, int64.
     Example: query (1, 0) and gallery (0, 1), (1, 0), (2, 0) with k = 2 give [1, 2].
     """
     queries, gallery = unit_features(query_features), unit_features(gallery_features)
@@ -260,11 +269,11 @@ def spearman(a, b) -> float:
 def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval (Efron 1979) of the mean of values (N,), one per query.
 
-    groups (N,): queries of the same group, such as several of one image, are not independent.
-    2000 times as many groups as there are get drawn with replacement, each with all its values
-    (the cluster bootstrap of Davison and Hinkley 1997, 3.8). Without groups each value is drawn by
-    itself. Applied to the differences of two models on the same queries, it is the paired
-    bootstrap. Example: [0, 1] gives (0, 1).
+    There are 2000 resamples. Each draws, with replacement, as many groups as there are, a group
+    with all its values (the cluster bootstrap of Davison and Hinkley 1997, 3.8), since queries of
+    one group, such as several of one image, are not independent. groups (N,): the group of each
+    value; without it each value is a group of its own. Applied to the differences of two models on
+    the same queries, this is the paired bootstrap. Example: [0, 1] gives (0, 1).
     """
     values = np.asarray(values, dtype=float)
     # The mean of equal values may be rounded, and their interval would not hold it.
@@ -290,7 +299,7 @@ def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
 def hugging_face_errors(name: str):
     """Makes one line of whatever transformers raises for a broken folder or without a network."""
     # Otherwise it prints pages of warnings.
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except Exception as error:
@@ -315,17 +324,18 @@ class HuggingFaceCLIP(torch.nn.Module):
             # Unlike a bound method, a partial reaches loader workers without the model.
             self.preprocess = functools.partial(processor.image_processor, return_tensors="pt")
             self.tokenizer = processor.tokenizer
-            config = getattr(self.model.config, "text_config", self.model.config)
-            self.max_length = min(self.tokenizer.model_max_length, config.max_position_embeddings)
+            text_config = getattr(self.model.config, "text_config", self.model.config)
+            self.max_length = min(self.tokenizer.model_max_length,
+                                  text_config.max_position_embeddings)
             # transformers only warns of missing weights, and fills them with random numbers.
             require(not loading["missing_keys"],
                     f"weights are missing, such as {min(loading['missing_keys'], default='')}")
             # A tokenizer without its files may load with a handful of tokens, all words alike.
-            require(0.5 <= len(self.tokenizer) / config.vocab_size <= 1.01,
-                    f"tokenizer of {len(self.tokenizer)} tokens for {config.vocab_size}")
+            require(0.5 <= len(self.tokenizer) / text_config.vocab_size <= 1.01,
+                    f"tokenizer of {len(self.tokenizer)} tokens for {text_config.vocab_size}")
         # Some checkpoints are stored in fp16.
         self.model.float()
-        self.is_siglip = config.model_type.startswith("siglip")
+        self.is_siglip = text_config.model_type.startswith("siglip")
 
     def encode_image(self, batch):
         # Each image was preprocessed as a batch of one: (B, 1, 3, H, W).
@@ -377,6 +387,11 @@ class Vectors:
                 and len(names) == len(images) and len(texts) == len(text_features)
                 and images.shape[1] == text_features.shape[1],
                 f"{expected}; they are {[(str(array.dtype), array.shape) for array in arrays]}")
+        for keys in (names, texts):
+            # Which of the two features was meant cannot be known.
+            unique, counts = np.unique(keys, return_counts=True)
+            require(len(unique) == len(keys),
+                    f"{path}: {str(unique[counts.argmax()])!r} stands there more than once")
         self.image_rows = rows_by_name(names.tolist())
         self.text_rows = {text: row for row, text in enumerate(texts.tolist())}
         self.image_features = torch.from_numpy(images)
@@ -432,9 +447,13 @@ def open_model(name: str, cfg: EvalConfig):
         path, _, function = name.rpartition(":")
         require(Path(path).is_file(), f"{path}: no such file")
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        require(spec.name not in MODULES_IN_USE,
+                f"{path}: a module {spec.name!r} is in use already: give the file another name")
         module = importlib.util.module_from_spec(spec)
-        # Where loader workers are started afresh they look for what they unpickle here.
+        # What a loader worker unpickles it looks for here; or on the path, which it inherits, where
+        # workers are started afresh.
         sys.modules[spec.name] = module
+        sys.path.append(str(Path(path).resolve().parent))
         spec.loader.exec_module(module)
         require(callable(getattr(module, function, None)),
                 f"{path} has no function or class {function!r}")
@@ -498,7 +517,8 @@ def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
 
 @dataclass
 class Images:
-    """The readable images of a gallery, in its order, which is that of ties."""
+    """The readable images of a gallery, in its order: of equally similar ones the first is ranked
+    higher."""
     names: list[str]
     rows: dict[str, int]  # by name, or by file name alone
     features: torch.Tensor | None  # (N, E); None for ranked lists
@@ -725,14 +745,19 @@ def read_labels(path) -> tuple[list[str], dict[str, int]]:
     return names, labels
 
 
-def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int]]:
-    """(gallery, class names, {image name: class index}) of a folder with a folder per class.
+def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int], str]:
+    """(gallery, class names, {image name: class index}, where the names are from) of a folder with
+    a folder per class.
 
     source is a folder, imagenet:ROOT (the folders of ROOT/val), or cifar10:ROOT or cifar100:ROOT
-    (torchvision's test sets). Class names are torchvision's for imagenet: and cifar:, else those
-    of the folders, with spaces for underscores.
+    (torchvision's test sets). Class names are torchvision's for cifar: and for all of ImageNet,
+    else those of the folders, with spaces for underscores.
     """
-    kind, _, root = source.partition(":")
+    kind, colon, root = source.partition(":")
+    # A folder may have the name of a data set.
+    if not colon:
+        kind = "folder"
+    names_from = "its folders"
     if kind in ("cifar10", "cifar100"):
         try:
             dataset = getattr(torchvision.datasets, kind.upper())(root, train=False)
@@ -740,7 +765,7 @@ def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int]]:
             raise UserError(f"{root}: no {kind.upper()} there ({error})") from None
         gallery = {f"test/{i}": pixels for i, pixels in enumerate(dataset.data)}
         labels = dict(zip(gallery, dataset.targets))
-        classnames = dataset.classes
+        classnames, names_from = dataset.classes, "torchvision"
     else:
         folder = Path(root).expanduser() / "val" if kind == "imagenet" else source
         gallery = data.list_gallery(folder)
@@ -752,8 +777,9 @@ def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int]]:
         # ImageNet's folders are named by their WordNet ids, whose order torchvision's names follow.
         if kind == "imagenet" and len(classnames) == 1000:
             classnames = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+            names_from = "torchvision"
     require(labels, f"{source}: expected a folder of images for each class")
-    return gallery, [name.replace("_", " ") for name in classnames], labels
+    return gallery, [name.replace("_", " ") for name in classnames], labels, names_from
 
 
 # ---- measurements --------------------------------------------------------------------------------
@@ -761,8 +787,8 @@ def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int]]:
 #   flag            the flag's name in EvalConfig
 #   gallery         the images that it is measured on: those of --images, its own, or "" for none
 #   __init__(cfg)   reads the flag's files, and sets names: the images of --images that they name
-#   measure(model, images, cfg)   gives {name: Scores, a count or a text}, where a name is a tuple,
-#                   the path of keys in the JSON
+#   measure(model, images, cfg)   gives {name: Scores, a number or a text}. A name is a tuple, the
+#                   path of keys in the JSON; images is the Images of its gallery, None without one
 # To add a task, write such a class, list it in TASKS and give EvalConfig its flag.
 class Scores(NamedTuple):
     """A metric's values, and for each value its group: intervals resample groups."""
@@ -821,9 +847,11 @@ def retrieval(key: str, ranked, text_features, image_features, correct, groups) 
     features (ranked lists), only from text to image, as deep as the lists reach.
     """
     results = {}
-    for k in RECALL_AT:
-        if k <= ranked.shape[1] or image_features is not None:
-            results[key, f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
+    # A model ranks the whole gallery, however small. A list that ends before k ranks does not tell
+    # what stands at k.
+    depths = [k for k in RECALL_AT if k <= ranked.shape[1] or image_features is not None]
+    for k in depths:
+        results[key, f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
     if image_features is not None:
         texts_of = {}
         for text, rows in enumerate(correct):
@@ -834,7 +862,7 @@ def retrieval(key: str, ranked, text_features, image_features, correct, groups) 
             recall = recall_at_k(ranked_texts, texts_of.values(), k)
             results[key, f"i2t@{k}"] = Scores(recall, np.arange(len(recall)))
     # With several correct images a hit among ten says little: most models always have one.
-    if any(len(rows) > 1 for rows in correct):
+    if 10 in depths and any(len(rows) > 1 for rows in correct):
         precision = Scores(precision_at_k(ranked, correct, 10), groups)
         results[key.replace("recall", "precision"), "t2i@10"] = precision
     return results
@@ -843,8 +871,8 @@ def retrieval(key: str, ranked, text_features, image_features, correct, groups) 
 class Pairs:
     """Rank similarity of queries and paraphrases, and recall of their correct images.
 
-    Reported for all pairs together, and by kind and by file where there are several. Of a
-    benchmark the headline is not all pairs but one kind, that of the first pair.
+    Reported for all pairs together, and by kind and by file where there are several. A benchmark
+    with kinds has a headline in place of all pairs: those of one kind, that of the first pair.
     """
     flag, gallery = "pairs", "images"
 
@@ -975,7 +1003,7 @@ class Captions:
     def measure(self, model, images, cfg):
         known = [name for name in self.names if name in images.rows]
         require(known, f"{self.path}: none of its images is there and readable")
-        # In the gallery's order, which is that of ties.
+        # In the gallery's order, so that ties are broken as in the other tasks.
         known.sort(key=lambda name: images.rows[name])
         texts, image_of_text = [], []
         for i, name in enumerate(known):
@@ -999,7 +1027,8 @@ class Triplets:
     """SugarCrepe++: are two captions, and their image, closer to each other than to a negative?
 
     text_only: sim(P1, P2) > sim(P1, N) and sim(P1, P2) > sim(P2, N)
-    image_text: sim(I, P1) > sim(I, N) and sim(I, P2) > sim(I, N); a tie is a miss.
+    image_text: sim(I, P1) > sim(I, N) and sim(I, P2) > sim(I, N)
+    Both are 1 or 0 for each triplet; a tie counts as 0.
     """
     flag, gallery = "triplets", "images"
 
@@ -1069,10 +1098,12 @@ class ZeroShot:
             self.names_from, self.gallery = "its JSON file", "images"
             self.names = list(self.labels)
         else:
-            self.items, self.classnames, self.labels = read_class_folders(cfg.zeroshot)
-            self.names_from = "its folders"
-            if cfg.zeroshot.partition(":")[0] in ("imagenet", "cifar10", "cifar100"):
-                self.names_from = "torchvision"
+            self.items, self.classnames, self.labels, self.names_from = read_class_folders(
+                cfg.zeroshot)
+            require(cfg.classnames or self.names_from == "torchvision"
+                    or not cfg.zeroshot.startswith("imagenet:"),
+                    f"{cfg.zeroshot}: {len(self.classnames)} of ImageNet's 1000 folders, whose "
+                    "names are no words: give --classnames")
         # Names and prompts move ImageNet's accuracy by several points. So the output says whose
         # they are, and others' numbers can be compared only if theirs are the same.
         if cfg.classnames:
@@ -1200,11 +1231,11 @@ def to_json(estimates: dict) -> dict:
             if "@" in key:
                 interval = (*path[:-1], f"{path[-1]}_ci", key)
             entries = {name: value.mean, interval: [value.low, value.high]}
-        for (*path, key), entry in entries.items():
+        for keys, entry in entries.items():
             place = report
-            for part in path:
-                place = place.setdefault(part, {})
-            place[key] = entry
+            for key in keys[:-1]:
+                place = place.setdefault(key, {})
+            place[keys[-1]] = entry
     return report
 
 
@@ -1239,13 +1270,16 @@ def row_title(keys) -> str:
 
 def table_rows(columns: list[Column]) -> list[tuple[str, list[str]]]:
     """[(title, a cell per column)], with an empty row and a heading before each section."""
-    names = {}
+    # The rows of all columns, as a model of ranked lists has fewer.
+    estimates_by_name = {}
     for column in columns:
-        names.update(column.estimates)
+        estimates_by_name.update(column.estimates)
     rows, section = [], ()
-    for name, value in names.items():
-        is_subset = name[0] in ("kinds", "files")
-        if isinstance(value, str) or is_subset and name[2] not in SHOWN_OF_SUBSETS:
+    for name, value in estimates_by_name.items():
+        # The texts stand above the table, see print_table().
+        if isinstance(value, str):
+            continue
+        if name[0] in ("kinds", "files") and name[2] not in SHOWN_OF_SUBSETS:
             continue
         if name[:-1] != section:
             section = name[:-1]
@@ -1253,25 +1287,30 @@ def table_rows(columns: list[Column]) -> list[tuple[str, list[str]]]:
             rows.append((row_title(section), [""] * len(columns)))
         cells = []
         for column in columns:
-            value = column.estimates.get(name, "")
-            if isinstance(value, Estimate):
+            cell_value = column.estimates.get(name, "")
+            if isinstance(cell_value, Estimate):
                 # A mean as 100 x, followed by half its interval.
-                mark = "*" if value.groups < FEW else " "
-                half = (value.high - value.low) / 2
-                cells.append(f"{100 * value.mean:{column.sign}.1f} ±{100 * half:.1f}{mark}")
-            elif isinstance(value, float):
-                cells.append(f"{100 * value:.1f} ")
+                mark = "*" if cell_value.groups < FEW else " "
+                half = (cell_value.high - cell_value.low) / 2
+                cells.append(f"{100 * cell_value.mean:{column.sign}.1f} ±{100 * half:.1f}{mark}")
+            elif isinstance(cell_value, float):
+                cells.append(f"{100 * cell_value:.1f} ")
             else:
-                cells.append(f"{value} ")
+                cells.append(f"{cell_value} ")
         rows.append((row_title(name[-1:]), cells))
     return rows
 
 
 def print_table(columns: list[Column], markdown: bool):
     """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
-    for name, value in columns[0].estimates.items():
-        if isinstance(value, str):
-            print(f"{row_title(name)}: {value}")
+    # What was measured on, in words: the same for all models, but ranked lists lack some of it.
+    texts = {}
+    for column in columns:
+        for name, value in column.estimates.items():
+            if isinstance(value, str):
+                texts[name] = value
+    for name, text in texts.items():
+        print(f"{row_title(name)}: {text}")
     print("Means x100, ± half a 95 % interval. *: fewer than "
           f"{FEW} independent images, groups or queries.\n")
     rows = table_rows(columns)
@@ -1355,9 +1394,11 @@ def main(argv=None):
             for key, value in results.items():
                 if isinstance(value, Scores) and key in base:
                     scores[key] = Scores(value.values - base[key].values, value.groups)
-            difference = estimate(scores, cfg.seed)
-            reports[-1]["diff"] = to_json(difference)
-            columns.append(Column(f"minus {labels[0]}", difference, "+"))
+            # Two models may have no metric in common, as where one of them is a file of lists.
+            if scores:
+                difference = estimate(scores, cfg.seed)
+                reports[-1]["diff"] = to_json(difference)
+                columns.append(Column(f"minus {labels[0]}", difference, "+"))
         else:
             print(f"note: {name} and {models[0]} can read different images, so their difference is "
                   "left out", file=sys.stderr)

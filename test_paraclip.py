@@ -28,6 +28,7 @@ import threading
 import time
 from argparse import Namespace
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -2089,24 +2090,43 @@ def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
 def test_classes_come_from_folders(tmp_path):
     folder = write_images(tmp_path / "f", "z/a.PNG", "fire_truck/a.png", "ant/b.png", "z/.y.jpg",
                           "ant/sub/c.jpeg", "stray.png", ".hidden/a.png", "empty/a.txt")
-    gallery, names, labels = ev.read_class_folders(folder)
-    assert names == ["ant", "fire truck", "z"]
+    gallery, names, labels, names_from = ev.read_class_folders(folder)
+    assert (names, names_from) == (["ant", "fire truck", "z"], "its folders")
     assert labels == {"ant/b.png": 0, "ant/sub/c.jpeg": 0, "fire_truck/a.png": 1, "z/a.PNG": 2}
 
 
 def test_imagenet_has_torchvisions_names(monkeypatch):
     gallery = {f"n{i:08}/x.JPEG": None for i in range(1000)}
     monkeypatch.setattr(data, "list_gallery", lambda folder: gallery)
-    _, names, labels = ev.read_class_folders("imagenet:ROOT")
+    _, names, labels, names_from = ev.read_class_folders("imagenet:ROOT")
     assert (names[0], names[-1], len(labels)) == ("tench", "toilet tissue", 1000)
+    assert names_from == "torchvision"
+
+
+def test_a_folder_may_be_called_imagenet(tmp_path, monkeypatch):
+    write_images(tmp_path / "imagenet", "cat/a.png", "val/b.png")
+    monkeypatch.chdir(tmp_path)
+    _, names, _, names_from = ev.read_class_folders("imagenet")
+    assert (names, names_from) == (["cat", "val"], "its folders")
+
+
+def test_part_of_imagenet_needs_class_names(tmp_path):
+    write_images(tmp_path / "val", "n01440764/a.png", "n02084071/b.png")
+    (tmp_path / "names.txt").write_text("tench\ndog\n")
+    source = dict(zeroshot=f"imagenet:{tmp_path}")
+    with pytest.raises(UserError, match="2 of ImageNet's 1000 folders"):
+        ev.ZeroShot(ev.EvalConfig(**source))
+    task = ev.ZeroShot(ev.EvalConfig(**source, classnames=str(tmp_path / "names.txt")))
+    assert task.classnames == ["tench", "dog"]
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
     pixels = np.zeros((2, 32, 32, 3), np.uint8)
     dataset = Namespace(classes=["x", "y_z"], targets=[1, 0], data=pixels)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train: dataset)
-    gallery, names, labels = ev.read_class_folders(f"cifar100:{tmp_path}")
-    assert names == ["x", "y z"] and labels == {"test/0": 1, "test/1": 0}
+    gallery, names, labels, names_from = ev.read_class_folders(f"cifar100:{tmp_path}")
+    assert (names, names_from) == (["x", "y z"], "torchvision")
+    assert labels == {"test/0": 1, "test/1": 0}
 
 
 def test_file_names_must_be_unambiguous():
@@ -2284,8 +2304,25 @@ def test_lists_leave_out_other_tasks(exported, cd, capsys, tmp_path):
     output = capsys.readouterr()
     report, = json.loads(output.out.splitlines()[-1])
     assert "sts" not in report and "--sts is left out" in output.err
-    # Lists of five cannot tell recall@10.
-    assert report["recall"].keys() == {"t2i@1", "t2i@5"}
+    # Lists of five cannot tell recall@10, nor precision@10.
+    assert report["recall"].keys() == {"t2i@1", "t2i@5"} and "precision" not in report
+
+
+def test_lists_come_first_and_share_no_metric(exported, cd, capsys, tmp_path):
+    write_lists(tmp_path / "x.jsonl", {text: exported["names"].tolist() for text in
+                                       exported["texts"].tolist()})
+    argv = [*READABLE, "--zeroshot", "classes", "--templates", "templates.txt"]
+    lines = table_of(capsys, tmp_path / "x.jsonl", "clip", *argv)
+    # What is said of class names and prompts does not need the first model.
+    assert "zeroshot templates: 2 from templates.txt" in lines
+
+
+def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
+    def nothing_in_common(task, model, images, cfg):
+        return {(f"{model.is_siglip}",): ev.Scores(np.ones(2), np.arange(2))}
+    monkeypatch.setattr(ev.STS, "measure", nothing_in_common)
+    clip, siglip = evaluate(capsys, "clip", "siglip", "--sts", "sts.csv")
+    assert "diff" not in siglip
 
 
 @pytest.mark.parametrize("ranking, complaint", [
@@ -2309,6 +2346,7 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
     pytest.param("images", np.ones((14, 3), np.float32), "(14, 3)", id="other width"),
     pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
     pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
+    pytest.param("names", np.array(["a.png"] * 14), "'a.png' stands there more", id="name twice"),
 ])
 def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
     arrays = dict(exported)
@@ -2322,6 +2360,22 @@ def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, co
 def test_a_class_of_the_users(cd, capsys):
     report, = evaluate(capsys, "mine.py:Good", *ALL)
     assert report["gallery"] == 14 and report["sts"]["n"] == 12
+
+
+def test_fresh_loader_workers_find_the_users_class(cd):
+    model = ev.open_model("mine.py:Good", ev.EvalConfig(device="cpu"))
+    # The way of macOS, and from Python 3.14 on of Linux, too, to start a worker: without a copy of
+    # this process's modules.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        pixels = pool.submit(model.preprocess, Image.new("RGB", (9, 9))).result()
+    assert len(pixels) == 4 * 4 * 3
+
+
+def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
+    (tmp_path / "data.py").write_text(MODEL_FILE)
+    message = error_line(capsys, ev, f"{tmp_path}/data.py:Good", *PAIRS)
+    assert "a module 'data' is in use already" in message and sys.modules["data"] is data
 
 
 @pytest.mark.parametrize("name, complaint", [
@@ -2482,6 +2536,13 @@ def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["pairs"] == 15
 
 
+def test_half_a_surrogate_in_a_query(cd, capsys):
+    # As it arrives from a shell, where the bytes are no UTF-8.
+    argv = ["clip", "--images", "readable", "--workers", 0, "--paraphrase", "a cat", "--query"]
+    broken = evaluate(capsys, *argv, "a dog \udce9")
+    assert broken == evaluate(capsys, *argv, "a dog ?")
+
+
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", summary=tmp_path / "y.png")
     reports = evaluate(capsys, "clip", "siglip", *PAIRS, *flags(**files))
@@ -2505,6 +2566,10 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip --images images --query dog", "belong together"),
     ("clip --images images --query= --paraphrase=", "must not be empty"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
+    ("clip --zeroshot classes --templates templates.txt --json templates.txt", "another flag"),
+    ("clip --zeroshot classes --classnames names.txt --json names.txt", "another flag"),
+    ("clip --zeroshot labels.json --images images --json labels.json", "another flag"),
+    ("clip --pairs triplets.json triplets.json --images images", "triplets.json is given twice"),
     ("clip --pairs triplets.json --images images --json no/x", "its folder does not exist"),
     ("clip --pairs triplets.json --images images --figure x.jpg", ".png files"),
     ("clip clip --sts sts.csv", "a different name"),

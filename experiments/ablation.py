@@ -56,7 +56,8 @@ class AblationConfig:
     rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)} (default: "
                            f"{' '.join(DEFAULT_ROWS)})")
     seeds: list[str] = flag([], "seeds of the trainings (default: 0 1 2)")
-    data: str = flag("emoji", "a folder in $PARACLIP_DATA, or its path, with train/, val/, test/")
+    data: str = flag("emoji", "name of a folder in $PARACLIP_DATA, or its absolute path, with "
+                              "train/, val/, test/")
     split: str = flag("test", "what is measured on; val is for choices", choices=("test", "val"))
     sts: str = flag("", "file for eval_paraphrase.py")
     triplets: list[str] = flag([], "files for eval_paraphrase.py")
@@ -74,6 +75,10 @@ class AblationConfig:
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"--rows {row}: expected some of {' '.join(ROWS)}")
+        for name in ("rows", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise UserError(f"--{name} {' '.join(values)}: expected each of them once")
         if self.equal_time and "align" not in self.rows:
             raise UserError("--equal-time needs align among --rows, whose time the others get")
 
@@ -102,7 +107,8 @@ def run_program(program: str, *argv):
 
 
 def content_hash(paths: list[Path]) -> str:
-    """Of the content of these files, and of all files in these folders, wherever they lie."""
+    """A hash of the content of these files, and of all files in these folders. Paths and names do
+    not enter it, so that a set may move."""
     digest = hashlib.sha256()
     for path in paths:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -158,8 +164,10 @@ def train_and_measure(cfg: AblationConfig, measured: dict, extra: list[str], row
 
 def complete(cfg: AblationConfig, measured: dict, extra: list[str],
              steps: dict[str, int]) -> dict[str, list[Path]]:
-    """{row: its run folders, one for each seed}. steps: {row: steps}, for a row that is not in it
-    what the flags say."""
+    """Trains and measures what is not finished yet. Returns {row: its run folders, one per seed}.
+
+    steps: {row: number of steps}; a row that is not in it has the number that the flags say.
+    """
     cores = []
     if cfg.jobs > 1:
         if cfg.jobs > data.usable_cores() or not hasattr(os, "sched_setaffinity"):
@@ -196,7 +204,7 @@ def steps_and_rate(run: Path) -> tuple[int, float]:
 
 
 def training_seconds(runs: list[Path]) -> float:
-    """Mean over the runs, without what comes before the first step."""
+    """Seconds that a training takes from its first step to its last, the mean over the runs."""
     seconds = []
     for run in runs:
         steps, rate = steps_and_rate(run)
@@ -218,7 +226,9 @@ def read_report(run: Path, measured: dict) -> dict:
 
 
 def kinds_of(report: dict) -> list[tuple[str, dict]]:
-    """[(kind of pair, its results)], the headline first."""
+    """[(kind of pair, its results)], the headline first; all pairs as one, if they have no kinds."""
+    if "kinds" not in report:
+        return [("all pairs", report)]
     headline = report["headline"]
     others = [kind for kind in report["kinds"] if kind != headline]
     return [(kind, report["kinds"][kind]) for kind in (headline, *others)]
@@ -230,7 +240,9 @@ def columns(run: Path, report: dict) -> dict[str, float]:
     for kind, values in kinds_of(report):
         found[f"AO@10 {kind}"] = 100 * values["ao"]
         found[f"AO@1 {kind}"] = 100 * values["ao1"]
-    found["AO@10 unrelated"] = 100 * report["ao_random"]
+    # A single pair has no unrelated one.
+    if "ao_random" in report:
+        found["AO@10 unrelated"] = 100 * report["ao_random"]
     if "recall" in report:
         found["R@10"] = 100 * report["recall"]["t2i@10"]
     if "query_recall" in report:
@@ -254,7 +266,8 @@ def details(run: Path, report: dict) -> dict[str, float]:
         low, high = values["ao_ci"]
         found[f"AO@10 {kind}, half interval"] = 100 * (high - low) / 2
         found[f"JS@10 {kind}"] = 100 * values["js"]
-    found["JS@10 unrelated"] = 100 * report["js_random"]
+    if "js_random" in report:
+        found["JS@10 unrelated"] = 100 * report["js_random"]
     for name in ("t2i@1", "t2i@5", "i2t@10"):
         if name in report.get("recall", {}):
             found[name] = 100 * report["recall"][name]
@@ -302,9 +315,9 @@ def main(argv=None):
     own_flags, extra = split_argv(argv)
     cfg = data.parse_config(AblationConfig, own_flags)
     measured = measurements(cfg)
-    runs = {"equal steps": complete(cfg, measured, extra, {})}
+    runs = {"results": complete(cfg, measured, extra, {})}
     if cfg.equal_time:
-        base = runs["equal steps"]
+        base = runs["results"]
         seconds = training_seconds(base["align"])
         steps = {row: steps_within(seconds, base[row]) for row in cfg.rows if row != "align"}
         runs["equal time"] = complete(cfg, measured, extra, steps)
@@ -319,10 +332,10 @@ def main(argv=None):
     if cfg.where_lost:
         split = cfg.folder() / cfg.split
         table = {row: average([search_captions(run, split) for run in folders])
-                 for row, folders in runs["equal steps"].items()}
+                 for row, folders in runs["results"].items()}
         frozen_rows = [row for row in cfg.rows if row not in ("scratch", "finetune")]
         if frozen_rows:
-            run = runs["equal steps"][frozen_rows[0]][0]
+            run = runs["results"][frozen_rows[0]][0]
             found = without_training(run, split, cfg.sts, cfg.triplets)
             table["the language model alone"] = average([found])
         tables["searching captions"] = table

@@ -39,6 +39,8 @@ def point_of(runs: list[Path], measured: dict) -> dict[str, float]:
     means = average([columns(run, read_report(run, measured)) for run in runs])
     # The headline's AO@10 is the first column.
     headline = next(iter(means))
+    if "AO@10 unrelated" not in means:
+        raise UserError("the benchmark has a single pair: the plot needs unrelated ones")
     similarity = means[headline]["mean"] - means["AO@10 unrelated"]["mean"]
     point = {"seconds": training_seconds(runs), f"{headline}, minus that of unrelated": similarity}
     # A benchmark whose pairs name no images has no recall.

@@ -221,7 +221,7 @@ def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys)
     for seed in (0, 1):
         report = next((tmp_path / f"runs/align-{seed}").glob("test-*.json"))
         values.append(100 * json.loads(report.read_text())[0]["kinds"]["order"]["ao"])
-    cell = tables["equal steps"]["align"]["AO@10 order"]
+    cell = tables["results"]["align"]["AO@10 order"]
     assert (cell["mean"], cell["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert f"| {np.mean(values):.1f}" in printed
     assert "the language model alone" in tables["searching captions"]
@@ -229,7 +229,7 @@ def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys)
     # The curve's points are made of the same columns.
     measured = ablation.measurements(ablation.AblationConfig(data=str(benchmark), sts=str(sts)))
     point = curve.point_of([tmp_path / "runs/align-0", tmp_path / "runs/align-1"], measured)
-    row = {column: cell["mean"] for column, cell in tables["equal steps"]["align"].items()}
+    row = {column: cell["mean"] for column, cell in tables["results"]["align"].items()}
     headline = next(iter(row))
     assert point[f"{headline}, minus that of unrelated"] == pytest.approx(
         row[headline] - row["AO@10 unrelated"])
@@ -257,6 +257,19 @@ def test_a_row_has_settings_of_its_own(benchmark, monkeypatch, tmp_path):
     ablation.complete(cfg, {}, ["--width", "8"], {})
     assert calls[0][-8:] == ("--text", "scratch", "--steps", "7", "--lr", "0.5", "--width", "8")
     assert calls[1][-6:] == ("--text", "align", "--steps", "7", "--width", "8")
+
+
+def test_pairs_without_kinds_make_a_table_too(benchmark, lm, programs, capsys, tmp_path):
+    # A single pair, even, which has no unrelated one.
+    (benchmark / "test/pairs.jsonl").write_text('{"query": "a dog", "paraphrase": "a hound"}\n')
+    argv = [*flags(data=benchmark, out=tmp_path / "runs"), "--rows", "frozen", "--seeds", "0"]
+    ablation.main([*argv, "--", *flags(**TINY | dict(lm=lm))])
+    tables = json.loads(capsys.readouterr().out.splitlines()[-1])
+    main_columns, detail_columns = [list(table["frozen"]) for table in tables.values()]
+    assert main_columns[:2] == ["AO@10 all pairs", "AO@1 all pairs"]
+    assert "JS@10 all pairs" in detail_columns
+    with pytest.raises(UserError, match="expected each of them once"):
+        ablation.main([*argv, "0", "1", "0"])
 
 
 def test_retrained_weights_are_measured_again(tmp_path):

@@ -11,7 +11,7 @@ import data
 import eval_paraphrase as evaluation
 from paraclip import load_model
 
-SETTINGS = evaluation.EvalConfig(batch_size=256)
+EMBEDDING = evaluation.EvalConfig(batch_size=256)
 
 
 def text_columns(report: dict) -> dict[str, float]:
@@ -33,10 +33,10 @@ def overlap_by_kind(model, split: Path) -> dict[str, float]:
     index = data.ShardIndex(str(split))
     captions = [index.captions(i)[0] for i in range(len(index))]
     pairs = evaluation.read_pairs(split / "pairs.jsonl")
-    gallery = evaluation.embed_texts(model, captions, SETTINGS)
+    gallery = evaluation.embed_texts(model, captions, EMBEDDING)
     ranked = {}
     for side in ("query", "paraphrase"):
-        queries = evaluation.embed_texts(model, [pair[side] for pair in pairs], SETTINGS)
+        queries = evaluation.embed_texts(model, [pair[side] for pair in pairs], EMBEDDING)
         ranked[side] = evaluation.rankings(queries, gallery, 10)
     overlaps = evaluation.average_overlap(ranked["query"], ranked["paraphrase"])
     found = {}
