@@ -356,7 +356,8 @@ class TextTower(nn.Module):
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
-        if "states" in tokens:  # computed before training, see cache_lm_states
+        # Computed before training, see cache_lm_states().
+        if "states" in tokens:
             return tokens["states"]
         # Always a 2-D mask. transformers then makes the CPU wait for the GPU, to see whether
         # anything is masked. A 4-D mask would avoid that, but models without fused attention would
@@ -1013,7 +1014,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
     if not frozen and not FUSED_ATTENTION:
-        options["attn_implementation"] = "eager"  # for the reason given in attention()
+        # For the reason given in attention().
+        options["attn_implementation"] = "eager"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -1031,7 +1033,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
                 path, trust_remote_code=False)
             lm = transformers.AutoModel.from_config(config, **options)
         if hasattr(lm, "pooler"):
-            lm.pooler = nn.Identity()  # we pool ourselves
+            # TextTower pools the token states itself.
+            lm.pooler = nn.Identity()
         prepare_tokenizer(tokenizer, lm)
         check_lm(lm.eval(), tokenizer)
     # Hub, files, configurations and safetensors raise a dozen types of error here.
@@ -1084,7 +1087,8 @@ HARMLESS = ("_name_or_path", "architectures", "transformers_version", "dtype", "
 
 def lm_hash(lm: nn.Module, tokenizer) -> str:
     """sha256 of what decides the features: weights, configuration, vocabulary, tokenization."""
-    config = lm.config.to_diff_dict()  # what differs from the defaults of its class
+    # What differs from the defaults of the configuration's class.
+    config = lm.config.to_diff_dict()
     facts = {name: value for name, value in config.items() if name not in HARMLESS}
     facts["vocabulary"] = sorted(tokenizer.get_vocab().items())
     facts["tokens"] = tokenizer("A dog's 2 CAFÉS")["input_ids"]
@@ -1213,10 +1217,12 @@ def keep_freed_memory():
     """Lets glibc keep the memory that a step frees. By default it returns large blocks to the
     system, which zeroes them again for the next step: a tenth of a step on a CPU."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other C libraries, as on macOS, have none
+    # Other C libraries, such as that of macOS, have none.
+    if hasattr(libc, "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
         libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest value that it accepts
+        # The largest value that it accepts.
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 # ---- run folders and checkpoints -----------------------------------------------------------------
@@ -1331,7 +1337,8 @@ def load_weights(model: ParaCLIP, checkpoint: dict):
     if weights.keys() != checkpoint["model"].keys() or any(
             p.shape != checkpoint["model"][name].shape for name, p in weights.items()):
         raise UserError("the checkpoint was written by another version: its weights do not fit")
-    model.load_state_dict(checkpoint["model"], strict=False)  # without the frozen ones
+    # Not strict, since a frozen language model's weights are not in the checkpoint.
+    model.load_state_dict(checkpoint["model"], strict=False)
 
 
 def load_model(path, device="cpu", precision: str = "fp32") -> ParaCLIP:

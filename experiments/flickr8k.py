@@ -317,7 +317,8 @@ def main(argv=None):
     splits = {"test": test, "val": val, "train": captions.keys() - test - val}
 
     unfinished = Path(f"{out}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    # What a run that was killed has left.
+    shutil.rmtree(unfinished, ignore_errors=True)
     counts, digests, skipped = {}, set(), Counter()
     for split, names in splits.items():
         images = {}

@@ -75,7 +75,8 @@ def timed(work, calls: int) -> float:
 
 
 def timed_for_a_second(work) -> float:
-    work()  # the first call prepares what later calls use
+    # The first call prepares what later calls use.
+    work()
     return timed(work, max(3, math.ceil(1 / timed(work, 1))))
 
 
@@ -129,7 +130,8 @@ def measure(cfg: SpeedConfig) -> dict:
         raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of ranks x --accum = "
                         f"{ranks} x {cfg.accum}, and at most the {len(index)} samples of the set")
     model, parallel, optimizers = build(cfg, device)
-    batches = open_batches(cfg, index, model, 0, 1 << 40)  # more steps than are ever taken
+    # More steps than are ever taken.
+    batches = open_batches(cfg, index, model, 0, 1 << 40)
     micro_batches, all_captions, _ = next(batches)
     waited = []
     fetcher = ThreadPoolExecutor(1)
@@ -193,7 +195,8 @@ def measure(cfg: SpeedConfig) -> dict:
         seconds = max(all_gather_object(seconds))
         rows[row] = {"ms": 1e3 * seconds, "images_per_s": cfg.batch_size / seconds}
         if flops:
-            rate = flops * local_batch / seconds  # of one rank
+            # The rate of one rank.
+            rate = flops * local_batch / seconds
             rows[row].update(tflops=rate / 1e12, mfu=rate / product)
             if model.bf16 and name in DATA_SHEET:
                 rows[row]["of_data_sheet"] = rate / DATA_SHEET[name]
