@@ -49,9 +49,6 @@ import data
 from data import UserError, fix_surrogates, flag
 from paraclip import load_model
 
-# A user's FILE.py of such a name would take the place of a module that is in use.
-MODULES_IN_USE = frozenset(sys.modules)
-
 
 @dataclass
 class EvalConfig:
@@ -95,7 +92,8 @@ def require(condition, message: str):
 def check_flags(cfg: EvalConfig):
     """Raises UserError for flags that contradict each other or would have no effect.
 
-    A flag without effect is no harmless slip: who gives it expects other numbers than would come.
+    A flag without effect is not harmless: whoever gives it expects other numbers than those without
+    it.
     """
     data.check_ranges(cfg)
     given = [task.flag for task in TASKS if getattr(cfg, task.flag)]
@@ -103,7 +101,8 @@ def check_flags(cfg: EvalConfig):
     require(bool(cfg.query) == bool(cfg.paraphrase), "--query and --paraphrase belong together")
     require(not (cfg.query and cfg.pairs), "give --query and --paraphrase, or --pairs, not both")
     require(not cfg.images or set(given) & set(searching) or cfg.zeroshot.endswith(".json"),
-            f"--images needs what to search for: one of --{', --'.join(searching)}")
+            f"--images needs what to search for: one of --{', --'.join(searching)}, or --zeroshot "
+            "with a JSON file")
     require(cfg.zeroshot or not (cfg.classnames or cfg.templates),
             "--classnames and --templates belong to --zeroshot")
     for name in ("pairs", "triplets"):
@@ -146,8 +145,8 @@ def average_overlap(a, b, k: int | None = None) -> np.ndarray:
     """AO@k of ranked lists: the overlap of their first d items, averaged over all depths d.
 
     AO@k = (1/k) sum over d = 1..k of |a[:d] and b[:d]| / d, in [0, 1]: early ranks weigh most.
-    a, b: (..., K) items, best first, none twice, K >= k (default K); rankings() has broken ties.
-    Returns (...) float64; ValueError if a list is too short.
+    a, b: (..., K) items, best first, none twice, K >= k; k defaults to K. rankings() has broken
+    ties. Returns (...) float64; ValueError if a list is too short.
     Example: [1, 2, 3, 4] and [2, 1, 3, 5] overlap by 0/1, 2/2, 3/3, 3/4, so AO@4 = 0.6875.
     """
     shared = count_shared(a, b, k)
@@ -174,8 +173,9 @@ def count_shared(a, b, k: int | None) -> np.ndarray:
         raise ValueError(f"lists of {a.shape[-1]} and {b.shape[-1]} items, but k = {k}")
     new = []
     for i in range(k):
-        # One item deeper, a's item i may stand in b so far, and b's item i earlier in a. Comparing
-        # all k x k items at once would be shorter, and take k times the memory.
+        # Going one item deeper adds a match if a[i] is among b's first i + 1 items, and another if
+        # b[i] is among a's first i. Comparing all k x k items at once would be shorter, and take k
+        # times the memory.
         a_in_b = (b[..., :i + 1] == a[..., i:i + 1]).sum(-1)
         b_in_a = (a[..., :i] == b[..., i:i + 1]).sum(-1)
         new.append(a_in_b + b_in_a)
@@ -276,9 +276,9 @@ def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
     the same queries, this is the paired bootstrap. Example: [0, 1] gives (0, 1).
     """
     values = np.asarray(values, dtype=float)
-    # The mean of equal values may be rounded, and their interval would not hold it.
+    # Without this, rounding could put the mean of equal values just outside of its interval.
     if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
+        return float(values.mean()), float(values.mean())
     if groups is None:
         groups = np.arange(len(values))
     _, group = np.unique(groups, return_inverse=True)
@@ -387,6 +387,7 @@ class Vectors:
                 and len(names) == len(images) and len(texts) == len(text_features)
                 and images.shape[1] == text_features.shape[1],
                 f"{expected}; they are {[(str(array.dtype), array.shape) for array in arrays]}")
+        require(len(names) and len(texts), f"{path}: it has no images, or no texts")
         for keys in (names, texts):
             # Which of the two features was meant cannot be known.
             unique, counts = np.unique(keys, return_counts=True)
@@ -417,20 +418,23 @@ class RankedLists:
         self.path, self.lists = path, read_lists(path)
 
     def search(self, texts: list[str], images, k: int, depth: int) -> np.ndarray:
-        """(Q, K) rows of images, k <= K <= depth, where K is the length of the shortest list."""
+        """(Q, K) rows of images. K is the length of the shortest list, at most depth; k at least.
+        """
         # A text without a list, or a name that is not in the gallery, must not count as a miss:
         # the engine would get a score for another question than the models.
         missing = [text for text in texts if text not in self.lists]
         require(not missing, f"{self.path}: no list for {len(missing)} of {len(texts)} texts, such "
                              f"as {missing[:1]}")
-        shortest = min(len(self.lists[text]) for text in texts)
-        length = min(depth, shortest)
+        shortest = min(texts, key=lambda text: len(self.lists[text]))
+        length = min(depth, len(self.lists[shortest]))
+        require(length >= k, f"{self.path}: expected at least {k} images in every list, that of "
+                             f"{shortest!r} has {length}")
         ranked = []
         for text in texts:
-            rows = [images.rows.get(name) for name in self.lists[text][:length]]
-            require(length >= k and None not in rows and len(set(rows)) == length, f"{self.path}: "
-                    f"expected at least {k} different images, all of the gallery, in the list of "
-                    f"{text!r} and every other: {self.lists[text][:length]}")
+            names = self.lists[text][:length]
+            rows = [images.rows.get(name) for name in names]
+            require(None not in rows and len(set(rows)) == length, f"{self.path}: expected "
+                    f"different images, all of the gallery, in the list of {text!r}: {names}")
             ranked.append(rows)
         return np.array(ranked)
 
@@ -441,20 +445,9 @@ def open_model(name: str, cfg: EvalConfig):
         return RankedLists(name)
     if name.endswith(".npz"):
         return Vectors(name)
-    require(not name.endswith(".py"),
-            f"{name}: give the function or class that returns the model: {name}:NAME")
-    if ".py:" in name:
+    if is_model_file(name):
         path, _, function = name.rpartition(":")
-        require(Path(path).is_file(), f"{path}: no such file")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        require(spec.name not in MODULES_IN_USE,
-                f"{path}: a module {spec.name!r} is in use already: give the file another name")
-        module = importlib.util.module_from_spec(spec)
-        # What a loader worker unpickles it looks for here; or on the path, which it inherits, where
-        # workers are started afresh.
-        sys.modules[spec.name] = module
-        sys.path.append(str(Path(path).resolve().parent))
-        spec.loader.exec_module(module)
+        module = import_file(path)
         require(callable(getattr(module, function, None)),
                 f"{path} has no function or class {function!r}")
         model = getattr(module, function)()
@@ -464,6 +457,30 @@ def open_model(name: str, cfg: EvalConfig):
         model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
     check_model(name, model)
     return model
+
+
+def is_model_file(name: str) -> bool:
+    """Whether it is FILE.py:NAME. Raises UserError if there is no such file, or no NAME."""
+    require(not name.endswith(".py"),
+            f"{name}: give the function or class that returns the model: {name}:NAME")
+    path, _, _ = name.rpartition(":")
+    require(not path.endswith(".py") or Path(path).is_file(), f"{path}: no such file")
+    return path.endswith(".py")
+
+
+def import_file(path: str):
+    """The module in this file."""
+    # A loader worker unpickles preprocess() by its module's name. A forked worker finds the module
+    # in sys.modules, one that is started afresh on the path, which it inherits.
+    name = Path(path).stem
+    require("." not in name, f"{path}: a module's name has no dot: give the file another name")
+    sys.path.append(str(Path(path).resolve().parent))
+    # Python remembers which files a folder has.
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec(name)
+    require(spec and spec.origin and Path(spec.origin).resolve() == Path(path).resolve(),
+            f"{path}: there is another module {name!r}: give the file another name")
+    return importlib.import_module(name)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -479,13 +496,19 @@ def check_model(name: str, model):
     # Two sizes, since a preprocess() that crops nothing fits images of one size only.
     wide, tall = Image.new("RGB", (64, 48), "gray"), Image.new("RGB", (40, 56), "gray")
     images = [model.preprocess(wide), model.preprocess(tall)]
+    texts = ["a dog", "two", "a red car"]
     try:
         batch = default_collate(images)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{name}: preprocess(image) must return a tensor, or a dict of tensors, of "
                         f"the same shape for every image ({str(error).splitlines()[0]})") from None
-    image_features = torch.as_tensor(model.encode_image(batch))
-    text_features = torch.as_tensor(model.encode_text(["a dog", "two", "a red car"]))
+    image_features, text_features = model.encode_image(batch), model.encode_text(texts)
+    try:
+        image_features = torch.as_tensor(image_features)
+        text_features = torch.as_tensor(text_features)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name}: encode_image and encode_text must return features (B, E) as a "
+                        f"tensor, array or list ({str(error).splitlines()[0]})") from None
     image_shape, text_shape = list(image_features.shape), list(text_features.shape)
     width = image_shape[-1:]
     require(image_shape == [2, *width] and text_shape == [3, *width],
@@ -494,12 +517,13 @@ def check_model(name: str, model):
 
 
 @torch.inference_mode()
-def encode(encoder, batch) -> torch.Tensor:
-    """Features (B, E) of a batch, on the CPU, where rankings are made."""
+def encode(encoder, batch, size: int) -> torch.Tensor:
+    """Features (size, E) of a batch of this size, on the CPU, where rankings are made."""
     features = torch.as_tensor(encoder(batch)).float().cpu()
     # NaN would not raise anywhere: it would rank in some order and give plausible numbers.
-    require(features.ndim == 2 and features.isfinite().all(),
-            "the model does not return a vector of finite numbers for each input")
+    require(features.ndim == 2 and len(features) == size and features.isfinite().all(),
+            f"the model does not return a vector of finite numbers for each of {size} inputs, but "
+            f"features of shape {list(features.shape)}, or NaN or infinity among them")
     return features
 
 
@@ -510,7 +534,8 @@ def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
     features = []
     starts = range(0, len(unique), cfg.batch_size)
     for start in tqdm(starts, "texts", leave=False, disable=None):
-        features.append(encode(model.encode_text, unique[start:start + cfg.batch_size]))
+        batch = unique[start:start + cfg.batch_size]
+        features.append(encode(model.encode_text, batch, len(batch)))
     row = {text: i for i, text in enumerate(unique)}
     return torch.cat(features)[[row[text] for text in texts]]
 
@@ -529,7 +554,7 @@ def embed_images(model, gallery: dict, cfg: EvalConfig) -> Images:
     if isinstance(model, (RankedLists, Vectors)):
         features = None
         if isinstance(model, Vectors):
-            features = encode(model.encode_image, names)
+            features = encode(model.encode_image, names, len(names))
         return Images(names, rows_by_name(names), features)
     readable, features, skipped = [], [], []
     loader = data.image_loader(gallery, model.preprocess, cfg.batch_size, cfg.workers)
@@ -537,7 +562,7 @@ def embed_images(model, gallery: dict, cfg: EvalConfig) -> Images:
         readable += indices
         skipped += [f"{names[index]}: {reason}" for index, reason in failed]
         if indices:
-            features.append(encode(model.encode_image, batch))
+            features.append(encode(model.encode_image, batch, len(indices)))
     if skipped:
         print(f"skipped {len(skipped)} of {len(names)} images: {'; '.join(skipped[:20])}",
               file=sys.stderr)
@@ -685,7 +710,8 @@ def read_captions(path) -> dict[str, list[str]]:
 
 
 def read_sts(path) -> list[tuple[str, str, float]]:
-    """[(sentence1, sentence2, score)] of CSV or TSV: columns of these names, else the first."""
+    """[(sentence1, sentence2, score)] of CSV or TSV: columns of these names, else the first three.
+    """
     lines, rows = read_lines(path), []
     header, columns = ["sentence1", "sentence2", "score"], [0, 1, 2]
     options = {}
@@ -750,8 +776,8 @@ def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int], st
     a folder per class.
 
     source is a folder, imagenet:ROOT (the folders of ROOT/val), or cifar10:ROOT or cifar100:ROOT
-    (torchvision's test sets). Class names are torchvision's for cifar: and for all of ImageNet,
-    else those of the folders, with spaces for underscores.
+    (torchvision's test sets). Class names are torchvision's for cifar10:, cifar100: and an
+    imagenet: of all 1000 folders, otherwise those of the folders, with spaces for underscores.
     """
     kind, colon, root = source.partition(":")
     # A folder may have the name of a data set.
@@ -871,8 +897,9 @@ def retrieval(key: str, ranked, text_features, image_features, correct, groups) 
 class Pairs:
     """Rank similarity of queries and paraphrases, and recall of their correct images.
 
-    Reported for all pairs together, and by kind and by file where there are several. A benchmark
-    with kinds has a headline in place of all pairs: those of one kind, that of the first pair.
+    Reported for all pairs together, by kind where pairs have one, and by file where there are
+    several. A benchmark with kinds has a headline in place of all pairs: those of one kind, that of
+    the first pair.
     """
     flag, gallery = "pairs", "images"
 
@@ -886,14 +913,15 @@ class Pairs:
         # What is reported: the indices of pairs, by the path of keys in the JSON.
         self.subsets = {(): list(range(len(self.pairs)))}
         self.headline = ""
-        kinds = sorted({pair["kind"] for pair in self.pairs})
-        if kinds != [""]:
-            for kind in kinds:
-                self.subsets["kinds", kind] = [
-                    i for i, pair in enumerate(self.pairs) if pair["kind"] == kind]
-            if cfg.benchmark:
-                self.headline = self.pairs[0]["kind"]
-                self.subsets[()] = self.subsets["kinds", self.headline]
+        kinds = sorted({pair["kind"] for pair in self.pairs} - {""})
+        for kind in kinds:
+            self.subsets["kinds", kind] = [
+                i for i, pair in enumerate(self.pairs) if pair["kind"] == kind]
+        if kinds and cfg.benchmark:
+            self.headline = self.pairs[0]["kind"]
+            require(self.headline, f"{cfg.pairs[0]}: the first pair has no kind, but others have "
+                    "one: expected the kind of the headline in the first pair")
+            self.subsets[()] = self.subsets["kinds", self.headline]
         if len(cfg.pairs) > 1:
             for i, pair in enumerate(self.pairs):
                 path = ("files", pair["file"])
@@ -964,8 +992,8 @@ class Pairs:
             for name, value in chance.items():
                 results[f"{name}_random",] = Scores(value, groups)
             results["ao_minus_random",] = Scores(values["ao"] - chance["ao"], groups)
-        # Not the images that are there but those that are named: a gallery that lacks all of them
-        # shows as recall of 0 pairs.
+        # This asks whether images are named, not whether they are there: if the gallery lacks all
+        # of them, the report says that recall is that of 0 pairs.
         if any(self.pairs[i]["images"] for i in chosen):
             known = [i for i in chosen if self.correct[i]]
             results["recall_pairs",] = len(known)
@@ -1117,8 +1145,7 @@ class ZeroShot:
 
     def measure(self, model, images, cfg):
         known = [name for name in self.labels if name in images.rows]
-        if not known:
-            return {}
+        require(known, f"{cfg.zeroshot}: none of its images is there and readable")
         prompts = []
         for name in self.classnames:
             prompts += [template.replace("{}", name) for template in self.templates]
@@ -1206,7 +1233,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(results: dict, seed: int) -> dict:
-    """A task's results with an Estimate in place of Scores."""
+    """Results with an Estimate in place of each Scores."""
     estimates = {}
     for name, value in results.items():
         if isinstance(value, Scores):
@@ -1343,18 +1370,23 @@ def main(argv=None):
             f"no model given, and no {models[0]} yet: run `python paraclip.py` first")
     labels = cfg.labels or short_names(models)
     require(len(labels) == len(models), f"--labels: {len(labels)} names for {len(models)} models")
-    require(len(set(labels)) == len(labels), "--labels: expected a different name for each model")
+    for label in labels:
+        require(labels.count(label) == 1, f"{label}: two models have this name: give each model "
+                "once, or a different name for each with --labels")
 
-    # What can be known to be missing or broken is refused now, not when other models are measured.
+    # Vectors, lists, and names of files and of Hugging Face models are checked now, not when other
+    # models have been measured.
     files = {}
     for name in models:
         if name.endswith((".jsonl", ".npz")):
             files[name] = open_model(name, cfg)
-        elif ".py:" not in name and not is_checkpoint(name):
+        elif not is_model_file(name) and not is_checkpoint(name):
             with hugging_face_errors(name):
                 AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if cfg.precision != "fp32" and (name in files or ".py:" in name):
-            print(f"note: {name}: --precision has no effect on it", file=sys.stderr)
+        for flag_name in ("precision", "device"):
+            is_given = getattr(cfg, flag_name) != getattr(EvalConfig(), flag_name)
+            if is_given and (name in files or is_model_file(name)):
+                print(f"note: {name}: --{flag_name} has no effect on it", file=sys.stderr)
     choose_benchmark(cfg)
     tasks = [task(cfg) for task in TASKS if getattr(cfg, task.flag)]
     galleries = {task.gallery: task.items for task in tasks if task.gallery == "zeroshot"}

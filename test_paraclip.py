@@ -1946,7 +1946,9 @@ def test_interval_is_as_wide_as_normal():
 
 
 def test_interval_of_equal_values_is_exact():
-    assert ev.bootstrap_ci([0.1] * 7) == (0.1, 0.1)
+    # Their mean is rounded, and must still lie in its interval.
+    values = np.full(7, 0.1)
+    assert values.mean() != 0.1 and ev.bootstrap_ci(values) == (values.mean(), values.mean())
 
 
 @pytest.mark.parametrize("by_group", [True, False], ids=["grouped", "ungrouped"])
@@ -2149,6 +2151,10 @@ class AnySize(Good):
     def preprocess(self, image): return torch.zeros(image.size)
 class NaN(Good):
     def encode_text(self, texts): return [[float("nan")] * 3 for t in texts]
+class Fewer(Good):
+    def encode_text(self, texts): return Good.encode_text(self, texts)[:3]
+class NoVectors(Good):
+    def encode_text(self, texts): return {"features": texts}
 number = 1
 """
 PAIRS = "--pairs triplets.json --images images --workers 0".split()
@@ -2327,9 +2333,9 @@ def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
 
 @pytest.mark.parametrize("ranking, complaint", [
     pytest.param(None, "no list for 1 of", id="text without list"),
-    pytest.param(range(9), "at least 10", id="too short"),
-    pytest.param([*range(9), 99], "at least 10 different images, all of", id="unknown image"),
-    pytest.param([*range(9), 0], "at least 10 different images", id="image twice"),
+    pytest.param(range(9), "at least 10 images in every list, that of 'short' has 9", id="short"),
+    pytest.param([*range(9), 99], "different images, all of the gallery", id="unknown image"),
+    pytest.param([*range(9), 0], "different images, all of the gallery", id="image twice"),
 ])
 def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complaint):
     names = exported["names"].tolist()
@@ -2338,7 +2344,9 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
     if ranking is not None:
         lists[text] = [names[i] if i < 14 else "nowhere.png" for i in ranking]
     write_lists(tmp_path / "x.jsonl", lists)
-    assert complaint in error_line(capsys, ev, tmp_path / "x.jsonl", *READABLE)
+    message = error_line(capsys, ev, tmp_path / "x.jsonl", *READABLE)
+    # The list that does not fit is named, and not just any.
+    assert complaint.replace("'short'", repr(text)) in message and repr(text) in message
 
 
 @pytest.mark.parametrize("name, array, complaint", [
@@ -2347,6 +2355,7 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
     pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
     pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
     pytest.param("names", np.array(["a.png"] * 14), "'a.png' stands there more", id="name twice"),
+    pytest.param("names", np.array([], dtype=str), "they are", id="fewer names than images"),
 ])
 def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
     arrays = dict(exported)
@@ -2375,7 +2384,17 @@ def test_fresh_loader_workers_find_the_users_class(cd):
 def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     (tmp_path / "data.py").write_text(MODEL_FILE)
     message = error_line(capsys, ev, f"{tmp_path}/data.py:Good", *PAIRS)
-    assert "a module 'data' is in use already" in message and sys.modules["data"] is data
+    assert "there is another module 'data'" in message and sys.modules["data"] is data
+
+
+def test_pairs_that_have_kinds_in_part(cd, capsys, benchmark):
+    file = benchmark / "val/pairs.jsonl"
+    file.write_text(file.read_text().replace('"kind": "a"', '"kind": ""', 1))
+    argv = ["clip", "--workers", 0]
+    message = error_line(capsys, ev, *argv, "--benchmark", benchmark, "--split", "val")
+    assert "the first pair has no kind" in message
+    report, = evaluate(capsys, *argv, "--pairs", file, "--images", benchmark / "val")
+    assert report["pairs"] == 8 and report["kinds"].keys() == {"a", "Z"}
 
 
 @pytest.mark.parametrize("name, complaint", [
@@ -2383,6 +2402,8 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     ("OtherWidth", "encode_text of 3 texts [3, 1]"),
     ("AnySize", "the same shape for every image"),
     ("NaN", "finite numbers"),
+    ("Fewer", "for each of 30 inputs, but features of shape [3, 3]"),
+    ("NoVectors", "as a tensor, array or list"),
     ("number", "no function or class 'number'"),
 ])
 def test_a_class_that_does_not_fit(cd, capsys, name, complaint):
@@ -2572,7 +2593,8 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip --pairs triplets.json triplets.json --images images", "triplets.json is given twice"),
     ("clip --pairs triplets.json --images images --json no/x", "its folder does not exist"),
     ("clip --pairs triplets.json --images images --figure x.jpg", ".png files"),
-    ("clip clip --sts sts.csv", "a different name"),
+    ("clip clip --sts sts.csv", "two models have this name"),
+    ("mine.py:Good none.py:f --sts sts.csv", "no such file"),
     ("clip siglip --sts sts.csv --labels one", "1 names for 2 models"),
     ("clip --sts sts.csv --device nothing", "--device nothing"),
 ])

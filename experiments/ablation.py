@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,10 @@ ROWS = {
     "align-second": ["experiments/second_caption.py", "--text", "align"],
 }
 DEFAULT_ROWS = ["scratch", "finetune", "frozen", "align", "geometry"]
+# Rows whose language model keeps its pretrained weights.
+FROZEN_ROWS = ["frozen", "align", "geometry", "align-second"]
+# What stands after -- must not change what makes a row, a seed and a run folder.
+OWN_FLAGS = ["--data", "--seed", "--out", "--text"]
 # Further flags, by the name of the data set: those of all rows, then those of a row. They were
 # chosen on the val split (docs/experiments.md): what all rows share, and for each row its own rate
 # and number of steps, so that a baseline does not lose by these.
@@ -89,7 +93,7 @@ class AblationConfig:
 
 # ---- train and measure ---------------------------------------------------------------------------
 def run_program(program: str, *argv):
-    """Runs a program of this repository without its output.
+    """Runs a program of this repository. Its errors are shown, its standard output is not.
 
     program: its path from the root of the repository. Raises UserError if it fails.
     """
@@ -120,27 +124,24 @@ def content_hash(paths: list[Path]) -> str:
 
 
 def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
-    """{name: flags of eval_paraphrase.py}. A name tells the content of the files measured with, so
-    that a kept measurement is used again for the same files only."""
+    """{name: flags of eval_paraphrase.py}. Each name holds a hash of the files that are measured
+    on, so that a kept measurement is used again for the same content only."""
     folder = cfg.folder() / cfg.split
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; $PARACLIP_DATA is where data sets lie")
     chosen = {f"{cfg.split}-{content_hash([folder])}":
               ["--benchmark", cfg.data, "--split", cfg.split]}
-    flags = []
     if cfg.sts:
-        flags += ["--sts", cfg.sts]
+        chosen[f"sts-{content_hash([Path(cfg.sts)])}"] = ["--sts", cfg.sts]
     if cfg.triplets:
-        flags += ["--triplets", *cfg.triplets]
-    if flags:
-        files = [Path(file) for file in (cfg.sts, *cfg.triplets) if file]
-        # STS and triplets have different results for the same content.
-        chosen[f"sts-{bool(cfg.sts)}-{content_hash(files)}"] = flags
+        files = [Path(file) for file in cfg.triplets]
+        chosen[f"triplets-{content_hash(files)}"] = ["--triplets", *cfg.triplets]
     return chosen
 
 
 def reports_of(run: Path, measured: dict[str, list[str]]) -> list[Path]:
-    """The JSON files of a finished run's measurements, named also by what was trained."""
+    """The JSON files of a finished run's measurements. Their names also hold a hash of the trained
+    weights, so that a run that was trained again is measured again."""
     model = content_hash([run / "model.pt"])
     return [run / f"{name}-{model}.json" for name in measured]
 
@@ -150,15 +151,15 @@ def train_and_measure(cfg: AblationConfig, measured: dict, extra: list[str], row
     """The run folder, trained and measured. steps: 0 for what the other flags say."""
     run = Path(cfg.out, f"{row}-{seed}-{steps}" if steps else f"{row}-{seed}")
     settings = SETTINGS.get(Path(cfg.data).name, {})
-    program, *flags = ROWS[row]
-    flags += [*settings.get("all", []), *settings.get(row, []), *extra]
+    program, *training_flags = ROWS[row]
+    training_flags += [*settings.get("all", []), *settings.get(row, []), *extra]
     if steps:
-        flags += ["--steps", steps]
+        training_flags += ["--steps", steps]
     shards = "emoji" if cfg.data == "emoji" else cfg.folder() / "train"
-    run_program(program, "--data", shards, "--seed", seed, "--out", run, *flags)
-    for report, flags in zip(reports_of(run, measured), measured.values()):
+    run_program(program, "--data", shards, "--seed", seed, "--out", run, *training_flags)
+    for report, measuring_flags in zip(reports_of(run, measured), measured.values()):
         if not report.exists():
-            run_program("eval_paraphrase.py", run, *flags, "--json", report)
+            run_program("eval_paraphrase.py", run, *measuring_flags, "--json", report)
     return run
 
 
@@ -170,8 +171,10 @@ def complete(cfg: AblationConfig, measured: dict, extra: list[str],
     """
     cores = []
     if cfg.jobs > 1:
-        if cfg.jobs > data.usable_cores() or not hasattr(os, "sched_setaffinity"):
-            raise UserError(f"--jobs {cfg.jobs}: cannot assign so many cores here")
+        if not hasattr(os, "sched_setaffinity"):
+            raise UserError(f"--jobs {cfg.jobs} needs Linux, where a program can be given a core")
+        if cfg.jobs > data.usable_cores():
+            raise UserError(f"--jobs {cfg.jobs}: there are only {data.usable_cores()} cores")
         cores = sorted(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -180,7 +183,8 @@ def complete(cfg: AblationConfig, measured: dict, extra: list[str],
         if cores:
             os.sched_setaffinity(0, {cores.pop()})
 
-    # A thread even for a single job, so that the cores of this process itself stay as they are.
+    # Affinity belongs to a thread: those of the pool hand theirs on, and this process keeps all of
+    # its cores.
     with ThreadPoolExecutor(cfg.jobs, initializer=take_core) as pool:
         futures = {}
         for seed in cfg.seeds:
@@ -188,11 +192,16 @@ def complete(cfg: AblationConfig, measured: dict, extra: list[str],
                 job = cfg, measured, extra, row, seed, steps.get(row, 0)
                 futures.setdefault(row, []).append(pool.submit(train_and_measure, *job))
         try:
-            return {row: [future.result() for future in futures[row]] for row in cfg.rows}
+            # The first failure ends the ablation, whichever row it is in.
+            done, _ = wait([future for row in cfg.rows for future in futures[row]],
+                           return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
         except BaseException:
             # Without this the jobs that have not begun would still be done.
             pool.shutdown(cancel_futures=True)
             raise
+        return {row: [future.result() for future in futures[row]] for row in cfg.rows}
 
 
 # ---- read and average ----------------------------------------------------------------------------
@@ -243,10 +252,11 @@ def columns(run: Path, report: dict) -> dict[str, float]:
     # A single pair has no unrelated one.
     if "ao_random" in report:
         found["AO@10 unrelated"] = 100 * report["ao_random"]
+    # Where a benchmark has captions, "recall" is theirs; otherwise it is that of the queries, and
+    # there is no "query_recall".
     if "recall" in report:
         found["R@10"] = 100 * report["recall"]["t2i@10"]
     if "query_recall" in report:
-        # Where a benchmark has captions, "recall" is theirs.
         found["R@10 query"] = 100 * report["query_recall"]["t2i@10"]
     if "paraphrase_recall" in report:
         found["R@10 paraphrase"] = 100 * report["paraphrase_recall"]["t2i@10"]
@@ -308,6 +318,9 @@ def split_argv(argv) -> tuple[list[str], list[str]]:
     """The flags before --, and those after it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
+    for word in argv[end + 1:]:
+        if word.partition("=")[0] in OWN_FLAGS:
+            raise UserError(f"{word} after --: this program sets it itself")
     return argv[:end], argv[end + 1:]
 
 
@@ -327,13 +340,14 @@ def main(argv=None):
         tables[title], tables[f"{title}, details"] = {}, {}
         for row in cfg.rows:
             reports = [(run, read_report(run, measured)) for run in folders[row]]
-            tables[title][row] = average([columns(*report) for report in reports])
-            tables[f"{title}, details"][row] = average([details(*report) for report in reports])
+            tables[title][row] = average([columns(run, report) for run, report in reports])
+            tables[f"{title}, details"][row] = average(
+                [details(run, report) for run, report in reports])
     if cfg.where_lost:
         split = cfg.folder() / cfg.split
         table = {row: average([search_captions(run, split) for run in folders])
                  for row, folders in runs["results"].items()}
-        frozen_rows = [row for row in cfg.rows if row not in ("scratch", "finetune")]
+        frozen_rows = [row for row in cfg.rows if row in FROZEN_ROWS]
         if frozen_rows:
             run = runs["results"][frozen_rows[0]][0]
             found = without_training(run, split, cfg.sts, cfg.triplets)

@@ -5,7 +5,8 @@
 On the left the headline's AO@10 minus AO@10 of unrelated queries: an untrained model, which finds
 nearly the same images for any query, is at 0. On the right R@10: rank similarity alone would favour
 a model that finds little. The points of a line are separate trainings of 1/8, 1/4, 1/2 and all of
-the seconds that align takes in the ablation, each with its whole schedule.
+the seconds that align takes in the ablation, each with a schedule of its own. (A training that is
+shorter than --warmup ends before its learning rate has reached the peak.)
 """
 
 import json
@@ -18,7 +19,7 @@ from experiments.ablation import (AblationConfig, average, columns, complete, me
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 # Okabe and Ito's palette, which colour-blind readers can tell apart as well.
-COLOURS = ("#000000", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class CurveConfig(AblationConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.figure.endswith(".png") or not Path(self.figure).absolute().parent.is_dir():
+            raise UserError(f"--figure {self.figure}: expected a .png file in a folder that exists")
         if "align" not in self.rows:
             raise UserError("--rows needs align, whose training time is the measure")
         if self.equal_time or self.where_lost or self.json:
@@ -58,7 +61,7 @@ def draw(path: str, lines: dict[str, list[dict]]):
     values = [name for name in first_point if name != "seconds"]
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axes, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values):
-        for colour, (row, points) in zip(COLOURS, lines.items()):
+        for colour, (row, points) in zip(COLOURS[:len(lines)], lines.items(), strict=True):
             seconds = [point["seconds"] for point in points]
             axes.plot(seconds, [point[value] for point in points], color=colour, linewidth=1.5,
                       marker="o", label=row)
@@ -94,7 +97,7 @@ def main(argv=None):
     for share in SHARES:
         steps = {row: steps_within(share * seconds, base[row]) for row in cfg.rows}
         if share == 1:
-            # With all of the seconds, that is the run that they were measured of.
+            # That training exists already: it is the one whose seconds were measured.
             del steps["align"]
         for row, runs in complete(cfg, measured, extra, steps).items():
             lines[row].append(point_of(runs, measured))

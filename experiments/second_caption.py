@@ -1,6 +1,6 @@
 """paraclip.py with a second positive for each image: another caption of the same image.
 
-    python -m experiments.second_caption --data flickr8k/train --text finetune ...
+    python -m experiments.second_caption --data shards/flickr8k/train --text finetune
 
 Captions of one image are paraphrases of a kind, so they can teach a text tower what a pretrained
 language model knows already (ParaCLIP, arXiv 2402.15120, and LaCLIP, arXiv 2305.20088, train on
@@ -15,7 +15,7 @@ import data
 import paraclip
 from data import UserError, parse_config, run
 
-# Of paraclip.py's parts these three are replaced, see main().
+# The originals of what main() replaces in data.py and paraclip.py.
 collate_one_caption = data.collate
 contrastive_loss = paraclip.contrastive_loss
 open_plain_index = paraclip.open_index
@@ -37,10 +37,12 @@ def second_captions(samples: list) -> list[str]:
 def collate_two_captions(samples: list, accum: int, tokenize, with_all_captions: bool):
     """As data.collate, for one micro-batch of b images, but its token batches have 2b rows: the
     first captions, then the second ones."""
-    # data.collate sorts by the same key, and a stable sort keeps this order.
+    # Sorted as data.collate sorts, whose own stable sort then changes nothing: the second captions
+    # must be in the order of its images.
     samples = sorted(samples, key=lambda sample: len(sample[1]))
     batch = collate_one_caption(samples, accum, tokenize, with_all_captions)
     [(images, token_batches)], all_captions, replaced = batch
+    # Not sorted by their own lengths, so these batches have more padding.
     token_batches = token_batches + data.tokenize_groups(second_captions(samples), tokenize)
     return [(images, token_batches)], all_captions, replaced
 

@@ -270,6 +270,8 @@ def test_pairs_without_kinds_make_a_table_too(benchmark, lm, programs, capsys, t
     assert "JS@10 all pairs" in detail_columns
     with pytest.raises(UserError, match="expected each of them once"):
         ablation.main([*argv, "0", "1", "0"])
+    with pytest.raises(UserError, match="--seed=5 after --"):
+        ablation.main([*argv, "--", "--seed=5"])
 
 
 def test_retrained_weights_are_measured_again(tmp_path):

@@ -11,7 +11,7 @@ import data
 import eval_paraphrase as evaluation
 from paraclip import load_model
 
-EMBEDDING = evaluation.EvalConfig(batch_size=256)
+EMBED_CONFIG = evaluation.EvalConfig(batch_size=256)
 
 
 def text_columns(report: dict) -> dict[str, float]:
@@ -33,16 +33,16 @@ def overlap_by_kind(model, split: Path) -> dict[str, float]:
     index = data.ShardIndex(str(split))
     captions = [index.captions(i)[0] for i in range(len(index))]
     pairs = evaluation.read_pairs(split / "pairs.jsonl")
-    gallery = evaluation.embed_texts(model, captions, EMBEDDING)
+    gallery = evaluation.embed_texts(model, captions, EMBED_CONFIG)
     ranked = {}
     for side in ("query", "paraphrase"):
-        queries = evaluation.embed_texts(model, [pair[side] for pair in pairs], EMBEDDING)
+        queries = evaluation.embed_texts(model, [pair[side] for pair in pairs], EMBED_CONFIG)
         ranked[side] = evaluation.rankings(queries, gallery, 10)
     overlaps = evaluation.average_overlap(ranked["query"], ranked["paraphrase"])
     found = {}
     for kind in dict.fromkeys(pair["kind"] for pair in pairs):
         of_kind = [pair["kind"] == kind for pair in pairs]
-        found[f"AO@10 {kind}, captions"] = 100 * overlaps[of_kind].mean()
+        found[f"AO@10 {kind or 'all pairs'}, captions"] = 100 * overlaps[of_kind].mean()
     return found
 
 
@@ -52,8 +52,10 @@ def search_captions(run: Path, split: Path) -> dict[str, float]:
 
 
 def without_training(run: Path, split: Path, sts: str, triplets: list[str]) -> dict[str, float]:
-    """The same of the frozen language model of a run alone, and its results on texts."""
+    """`overlap_by_kind` and the results on texts of a run's frozen language model alone, without
+    alignment layers and projection."""
     model = load_model(run)
+    # All that follows asks for encode_text, and now gets the language model's own features.
     model.encode_text = model.encode_lm
     found = overlap_by_kind(model, split)
     cfg = evaluation.EvalConfig(sts=sts, triplets=triplets)
