@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import string
 import tarfile
+import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
@@ -272,6 +273,29 @@ def test_pairs_without_kinds_make_a_table_too(benchmark, lm, programs, capsys, t
         ablation.main([*argv, "0", "1", "0"])
     with pytest.raises(UserError, match="--seed=5 after --"):
         ablation.main([*argv, "--", "--seed=5"])
+
+
+def test_the_first_failure_ends_the_ablation(monkeypatch):
+    begun = []
+
+    def train_and_measure(cfg, measured, extra, row, seed, steps):
+        begun.append((row, seed))
+        if row == "align":
+            raise UserError("diverged")
+        time.sleep(0.2)
+
+    monkeypatch.setattr(ablation, "train_and_measure", train_and_measure)
+    cfg = ablation.AblationConfig(rows=["scratch", "align"], seeds=list("012345"))
+    with pytest.raises(UserError, match="diverged"):
+        ablation.complete(cfg, {}, [], {})
+    # One more may have begun before the failure was noticed.
+    assert begun[:2] == [("scratch", "0"), ("align", "0")] and len(begun) <= 3
+
+
+def test_an_unfit_figure_is_refused_before_training(tmp_path):
+    for name in (tmp_path / "curve.svg", tmp_path / "nowhere/curve.png"):
+        with pytest.raises(UserError, match="expected a .png file in a folder"):
+            curve.CurveConfig(figure=str(name))
 
 
 def test_retrained_weights_are_measured_again(tmp_path):
