@@ -32,6 +32,8 @@ class CurveConfig(AblationConfig):
             raise UserError(f"--figure {self.figure}: expected a .png file in a folder that exists")
         if "align" not in self.rows:
             raise UserError("--rows needs align, whose training time is the measure")
+        if len(self.rows) > len(COLOURS):
+            raise UserError(f"--rows: expected at most {len(COLOURS)}, a colour for each")
         if self.equal_time or self.where_lost or self.json:
             raise UserError("--equal-time, --where-lost and --json are flags of the ablation: they "
                             "have no effect on the curve")

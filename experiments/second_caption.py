@@ -6,7 +6,8 @@ Captions of one image are paraphrases of a kind, so they can teach a text tower 
 language model knows already (ParaCLIP, arXiv 2402.15120, and LaCLIP, arXiv 2305.20088, train on
 generated ones). The loss is the mean of three contrastive losses: image against first caption,
 image against second caption, first against second caption. All else is paraclip.py's: its flags
-(except --accum and --geometry), its run folder, how it resumes.
+(except --accum), its run folder, how it resumes. With --geometry, its term is the mean of those of
+the first and of the second captions.
 """
 
 import random
@@ -18,6 +19,7 @@ from data import UserError, parse_config, run
 # The originals of what main() replaces in data.py and paraclip.py.
 collate_one_caption = data.collate
 contrastive_loss = paraclip.contrastive_loss
+geometry_loss = paraclip.geometry_loss
 open_plain_index = paraclip.open_index
 
 
@@ -57,6 +59,13 @@ def loss_of_two_captions(image_features, text_features, logit_scale):
     return (loss + image_second + first_second) / 3, accuracy
 
 
+def geometry_loss_of_two_captions(image_features, text_features, lm_features):
+    """image_features (B, E), text_features (2B, E), lm_features (B, W) -> the mean of the terms."""
+    first, second = text_features.chunk(2)
+    return (geometry_loss(image_features, first, lm_features)
+            + geometry_loss(image_features, second, lm_features)) / 2
+
+
 def open_marked_index(cfg):
     """The index, with a fingerprint of its own: paraclip.py refuses to resume such a run with one
     caption, and this program one that was begun with one."""
@@ -67,10 +76,11 @@ def open_marked_index(cfg):
 
 def main(argv=None):
     cfg = parse_config(paraclip.Config, argv, paraclip.RECIPES)
-    if cfg.accum > 1 or cfg.geometry:
-        raise UserError("a second caption is trained without --accum and --geometry")
+    if cfg.accum > 1:
+        raise UserError("a second caption is trained without --accum")
     data.collate = collate_two_captions
     paraclip.contrastive_loss = loss_of_two_captions
+    paraclip.geometry_loss = geometry_loss_of_two_captions
     paraclip.open_index = open_marked_index
     paraclip.main(argv)
 

@@ -356,15 +356,26 @@ def test_loss_of_two_captions_matches_plain_sums():
     assert accuracy.item() == pytest.approx((nearest == torch.arange(5)).float().mean().item())
 
 
+def test_geometry_of_two_captions_is_the_mean_of_both():
+    torch.manual_seed(0)
+    image, first, second, lm = torch.nn.functional.normalize(torch.randn(4, 6, 8), dim=-1)
+    both = second_caption.geometry_loss_of_two_captions(image, torch.cat([first, second]), lm)
+    alone = [paraclip.geometry_loss(image, text, lm).item() for text in (first, second)]
+    assert both.item() == pytest.approx(sum(alone) / 2) and abs(alone[0] - alone[1]) > 0.01
+
+
 def test_a_run_with_two_captions(benchmark, lm, tmp_path, monkeypatch):
     # main() replaces these; monkeypatch puts them back after the test.
     monkeypatch.setattr(data, "collate", data.collate)
     monkeypatch.setattr(paraclip, "contrastive_loss", paraclip.contrastive_loss)
+    monkeypatch.setattr(paraclip, "geometry_loss", paraclip.geometry_loss)
     monkeypatch.setattr(paraclip, "open_index", paraclip.open_index)
     argv = flags(**TINY | dict(lm=lm, text="finetune", data=benchmark / "train",
                                out=tmp_path / "run"))
     with pytest.raises(UserError, match="without --accum"):
         second_caption.main([*argv, "--accum", "2"])
+    # The geometry term asks for the features of all captions of each image, too.
+    second_caption.main([*argv, "--text", "align", "--geometry", "2", "--out", f"{tmp_path}/geo"])
     rows = []
     monkeypatch.setattr(paraclip.ParaCLIP, "encode_text", count_rows(rows))
     second_caption.main(argv)
