@@ -249,7 +249,7 @@ def read_report(run: Path, measured: dict) -> dict:
 
 
 def kinds_of(report: dict) -> list[tuple[str, dict]]:
-    """[(kind of pair, its results)], the headline first; all pairs as one, if they have no kinds."""
+    """[(kind of pair, its results)], the headline first; one entry, if the pairs have no kinds."""
     if "kinds" not in report:
         return [("all pairs", report)]
     headline = report["headline"]

@@ -26,7 +26,8 @@ def features_through_us(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """What the evaluation gets from a model: features of some_images() and of TEXTS."""
     model = ev.open_model(name, ev.EvalConfig(device="cpu"))
     batch = ev.default_collate([model.preprocess(image) for image in some_images()])
-    return ev.encode(model.encode_image, batch), ev.embed_texts(model, TEXTS, ev.EvalConfig())
+    image_features = ev.encode(model.encode_image, batch, len(some_images()))
+    return image_features, ev.embed_texts(model, TEXTS, ev.EvalConfig())
 
 
 def save_open_clip(open_clip, folder: Path):
