@@ -113,7 +113,8 @@ def run_program(program: str, *argv):
     """
     argv = [str(argument) for argument in argv]
     printed = " ".join(["python", program, *argv])
-    print("$", printed, file=sys.stderr, flush=True)
+    # In one piece, as several jobs print.
+    sys.stderr.write(f"$ {printed}\n")
     root = Path(__file__).parents[1]
     # For programs in experiments/, which import from the root.
     paths = [str(root), os.environ.get("PYTHONPATH", "")]
