@@ -418,7 +418,9 @@ class RankedLists:
         self.path, self.lists = path, read_lists(path)
 
     def search(self, texts: list[str], images, k: int, depth: int) -> np.ndarray:
-        """(Q, K) rows of images. K is the length of the shortest list, at most depth; k at least.
+        """(Q, K) rows of images; K is the length of the shortest list, or depth if that is less.
+
+        Raises UserError if K < k, or if a list does not fit the texts and the gallery.
         """
         # A text without a list, or a name that is not in the gallery, must not count as a miss:
         # the engine would get a score for another question than the models.
@@ -710,8 +712,8 @@ def read_captions(path) -> dict[str, list[str]]:
 
 
 def read_sts(path) -> list[tuple[str, str, float]]:
-    """[(sentence1, sentence2, score)] of CSV or TSV: columns of these names, else the first three.
-    """
+    """[(sentence1, sentence2, score)] of CSV or TSV: the columns of these names, if there is a
+    header with them, else the first three."""
     lines, rows = read_lines(path), []
     header, columns = ["sentence1", "sentence2", "score"], [0, 1, 2]
     options = {}

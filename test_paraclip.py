@@ -2314,7 +2314,7 @@ def test_lists_leave_out_other_tasks(exported, cd, capsys, tmp_path):
     assert report["recall"].keys() == {"t2i@1", "t2i@5"} and "precision" not in report
 
 
-def test_lists_come_first_and_share_no_metric(exported, cd, capsys, tmp_path):
+def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path):
     write_lists(tmp_path / "x.jsonl", {text: exported["names"].tolist() for text in
                                        exported["texts"].tolist()})
     argv = [*READABLE, "--zeroshot", "classes", "--templates", "templates.txt"]
@@ -2355,7 +2355,6 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
     pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
     pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
     pytest.param("names", np.array(["a.png"] * 14), "'a.png' stands there more", id="name twice"),
-    pytest.param("names", np.array([], dtype=str), "they are", id="fewer names than images"),
 ])
 def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
     arrays = dict(exported)
@@ -2364,6 +2363,12 @@ def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, co
         arrays[name] = array
     np.savez(tmp_path / "x.npz", **arrays)
     assert complaint in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
+
+
+def test_vectors_without_images(exported, cd, capsys, tmp_path):
+    empty = dict(names=exported["names"][:0], images=exported["images"][:0])
+    np.savez(tmp_path / "x.npz", **exported | empty)
+    assert "it has no images" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
 
 
 def test_a_class_of_the_users(cd, capsys):
@@ -2379,6 +2384,18 @@ def test_fresh_loader_workers_find_the_users_class(cd):
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         pixels = pool.submit(model.preprocess, Image.new("RGB", (9, 9))).result()
     assert len(pixels) == 4 * 4 * 3
+
+
+def test_flags_of_models_have_no_effect_on_a_users_class(cd, capsys):
+    call(ev, "clip", "mine.py:Good", "--sts", "sts.csv", "--precision", "bf16")
+    errors = capsys.readouterr().err
+    assert "mine.py:Good: --precision has no effect" in errors and "clip: --" not in errors
+
+
+def test_labels_of_no_image_are_refused(cd, capsys, tmp_path):
+    (tmp_path / "labels.json").write_text('{"classnames": ["dog"], "labels": {"nowhere.png": 0}}')
+    message = error_line(capsys, ev, "clip", *READABLE, "--zeroshot", tmp_path / "labels.json")
+    assert "none of its images is there and readable" in message
 
 
 def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):

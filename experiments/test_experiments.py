@@ -364,6 +364,17 @@ def test_geometry_of_two_captions_is_the_mean_of_both():
     assert both.item() == pytest.approx(sum(alone) / 2) and abs(alone[0] - alone[1]) > 0.01
 
 
+def count_rows(rows: list):
+    """encode_text that also notes the number of captions of each call."""
+    encode_text = paraclip.ParaCLIP.encode_text
+
+    def counted(model, text):
+        features = encode_text(model, text)
+        rows.append(len(features))
+        return features
+    return counted
+
+
 def test_a_run_with_two_captions(benchmark, lm, tmp_path, monkeypatch):
     # main() replaces these; monkeypatch puts them back after the test.
     monkeypatch.setattr(data, "collate", data.collate)
@@ -385,17 +396,6 @@ def test_a_run_with_two_captions(benchmark, lm, tmp_path, monkeypatch):
     monkeypatch.setattr(paraclip, "open_index", second_caption.open_plain_index)
     with pytest.raises(UserError, match="other data"):
         paraclip.main([*argv, "--steps", "3"])
-
-
-def count_rows(rows: list):
-    """encode_text that also notes the number of captions of each call."""
-    encode_text = paraclip.ParaCLIP.encode_text
-
-    def counted(model, text):
-        features = encode_text(model, text)
-        rows.append(len(features))
-        return features
-    return counted
 
 
 # ---- speed ---------------------------------------------------------------------------------------
