@@ -1,0 +1,125 @@
+"""Command lines: flags made from a dataclass, and errors that end in one line."""
+
+import argparse
+import math
+import os
+import sys
+from dataclasses import MISSING, field, fields
+
+
+class UserError(ValueError):
+    """A mistake that a user can correct: the programs print it as one line, without a traceback."""
+
+
+def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positional=False):
+    """A field of a dataclass that is also a command-line flag, whose type is that of the default.
+
+    A number must be within low .. high; "" stands for "not given" and passes beside the choices.
+    """
+    rules = dict(help=help, choices=choices, low=low, high=high, positional=positional)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+def flag_name(flag_field) -> str:
+    return "--" + flag_field.name.replace("_", "-")
+
+
+def expected(rules) -> str:
+    """What values a flag takes, in words; "" if it takes any."""
+    if rules["choices"]:
+        return "one of " + ", ".join(rules["choices"])
+    limits = []
+    if rules["low"] > -math.inf:
+        limits.append(f"at least {rules['low']}")
+    if rules["high"] < math.inf:
+        limits.append(f"at most {rules['high']}")
+    return ", ".join(limits)
+
+
+def check_ranges(cfg):
+    """Raises UserError if a value is none of its flag's choices, or a number out of its range."""
+    for flag_field in fields(cfg):
+        value, rules = getattr(cfg, flag_field.name), flag_field.metadata
+        if rules["choices"]:
+            valid = value in ("", *rules["choices"])
+        elif isinstance(value, (int, float)):
+            # NaN and infinity are no settings, whatever the range.
+            valid = math.isfinite(value) and rules["low"] <= value <= rules["high"]
+        else:
+            valid = True
+        if not valid:
+            raise UserError(f"{flag_name(flag_field)} {value}: expected "
+                            f"{expected(rules) or 'a finite number'}")
+
+
+def parse_config(cls, argv=None, recipes={}):
+    """An instance of the dataclass `cls`, whose fields are `flag`s, from the command line.
+
+    Given flags win over recipes[name], which wins over the defaults. The name is the given
+    --recipe, or else the given --data. Raises UserError if the line does not fit.
+    """
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+
+    parser = argparse.ArgumentParser(
+        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # A flag that is not given stays absent, so that it overrides no recipe.
+        argument_default=argparse.SUPPRESS)
+    parser.error = refuse
+    for flag_field in fields(cls):
+        rules = flag_field.metadata
+        default = flag_field.default
+        if default is MISSING:
+            default = flag_field.default_factory()
+        notes = [expected(rules)]
+        if default not in ("", []):
+            notes.append(f"default: {default}")
+        notes = ", ".join(filter(None, notes))
+        help = f"{rules['help']} ({notes})" if notes else rules["help"]
+        options = {"help": help.replace("%", "%%")}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):
+            options["nargs"] = "*" if rules["positional"] else "+"
+        else:
+            options["type"] = type(default)
+            if rules["choices"]:
+                options["choices"] = rules["choices"]
+        name = flag_field.name if rules["positional"] else flag_name(flag_field)
+        parser.add_argument(name, **options)
+    given = vars(parser.parse_args(argv))
+    recipe = recipes.get(given.get("recipe") or given.get("data"), {})
+    return cls(**{**recipe, **given})
+
+
+def run(program):
+    """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
+    Ctrl-C in status 130, a bug in a traceback."""
+    status = 2
+    try:
+        program()
+        # A full disk shows here rather than at exit. A closed stdout is None.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except (UserError, OSError, ImportError) as error:
+        message = str(error)
+    except MemoryError:
+        message = "out of memory"
+    except RuntimeError as error:
+        # torch has no class of its own for a dead worker, or for a full memory of the CPU.
+        message = str(error)
+        user_causes = ["DataLoader worker (pid", "out of memory", "allocate memory"]
+        if not any(cause in message for cause in user_causes):
+            raise
+    # An error in a loader worker arrives as the text of its traceback, whose last line tells.
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].rpartition("UserError: ")[2]
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,122 @@
+"""The processes of a training, called ranks, and the machine that each of them runs on."""
+
+import ctypes
+import inspect
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.cli import UserError
+
+# Read when it is used, so that a test can set it.
+ON_GPU = torch.cuda.is_available()
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """(rank, world size, device). A process group only under torchrun: NCCL on GPUs, else gloo."""
+    if "RANK" in os.environ:
+        if ON_GPU:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
+        # would read the addresses of ranks that have died, and hang. (Each node counts its own
+        # restarts: see README for several nodes.)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,
+                                world_size=world_size)
+    return *rank_and_world_size(), torch.device("cuda" if ON_GPU else "cpu")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def barrier():
+    """Waits until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_gather_object(value) -> list:
+    """The `value` of every rank, on every rank."""
+    _, world_size = rank_and_world_size()
+    values = [value] * world_size
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(*values) -> list[float]:
+    """The mean of each value over the ranks. All of them leave the GPU in one transfer."""
+    _, world_size = rank_and_world_size()
+    means = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=values[0].device)
+                         for value in values]) / world_size
+    if dist.is_initialized():
+        dist.all_reduce(means)
+    return means.tolist()
+
+
+def check_same_everywhere(settings: dict):
+    """Raises UserError if a setting differs between ranks."""
+    of_ranks = all_gather_object(settings)
+    for rank, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 has {value!r}: start "
+                    "all ranks with the same flags, files and kind of machine")
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model as DistributedDataParallel, which averages gradients over ranks; the model itself
+    without torchrun."""
+    if not dist.is_initialized():
+        return model
+    ddp = nn.parallel.DistributedDataParallel
+    # The buffers are constants, so there is nothing to broadcast before each forward pass. The
+    # argument has another name since torch 2.14.
+    argument = "broadcast_buffers"
+    if "forward_sync_buffers" in inspect.signature(ddp).parameters:
+        argument = "forward_sync_buffers"
+    return ddp(model, gradient_as_bucket_view=True, **{argument: False})
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+def usable_cores() -> int:
+    """The CPU cores that this process may run on. (A container's CPU quota is not looked at.)"""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_to_spare() -> int:
+    """This rank's share of the usable cores, less one for the training itself; 1 to 8."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, usable_cores() // ranks_here - 1))
+
+
+def has_fast_bf16() -> bool:
+    """GPUs since Ampere, CPUs with AVX512-BF16. Others emulate bf16, slower than fp32."""
+    if ON_GPU:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # A private function, but PyTorch has no other query.
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_freed_memory():
+    """Lets glibc keep the memory that a step frees. By default it returns large blocks to the
+    system, which zeroes them again for the next step: a tenth of a step on a CPU."""
+    libc = ctypes.CDLL(None)
+    # Other C libraries, such as that of macOS, have none.
+    if hasattr(libc, "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        # The largest value that it accepts.
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
