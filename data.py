@@ -36,7 +36,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
+from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from common.cli import UserError, flag, check_ranges, parse_config, run
+from common.files import atomic_write, cache_folder, data_folder
+from common.distributed import usable_cores, cores_to_spare
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
@@ -206,37 +211,50 @@ class TrainingSet(Dataset):
             caption = captions[0] if len(captions) == 1 else rng.choice(captions)
             if self.flip and rng.random() < 0.5:
                 image = image.flip(-1)
-            return image, caption, captions, first_reason
+            return Sample(image, caption, captions, epoch, i, first_reason)
         raise UserError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the first: "
                         f"{first_reason}")
 
 
-def collate(samples: list, accum: int, tokenize, with_all_captions: bool):
-    """Samples of a TrainingSet -> `accum` micro-batches, all captions, {reason: samples replaced}.
+class Sample(NamedTuple):
+    image: object
+    caption: str
+    captions: list
+    epoch: int
+    number: int
+    fault: str
 
-    A micro-batch is (images uint8 (b, 3, S, S), a list of token batches, which together have b
-    rows). All captions, if asked for, are a list of token batches of every caption of every image,
-    and for each of these captions the number of its image; otherwise None.
-    """
-    # The order within a batch does not matter to the loss.
-    samples = sorted(samples, key=lambda sample: len(sample[1]))
+
+class Batch(NamedTuple):
+    micro_batches: list
+    constants: object
+    replaced: dict
+    waited: float = 0.0
+
+
+def collate(samples, accum, tokenize, objective):
+    samples = sorted(samples, key=lambda sample: len(sample.caption))
     size = len(samples) // accum
     micro_batches = []
     for first in range(0, len(samples), size):
-        images, captions, _, _ = zip(*samples[first:first + size])
-        # In a worker, default_collate writes into memory that the parent shares; stack does not.
-        micro_batches.append((default_collate(images), tokenize_groups(captions, tokenize)))
-    all_captions = None
-    if with_all_captions:
-        pairs = []
-        for number, (_, _, captions_of_image, _) in enumerate(samples):
-            for caption in captions_of_image:
-                pairs.append((caption, number))
-        captions, numbers = zip(*sorted(pairs, key=lambda pair: len(pair[0])))
-        all_captions = tokenize_groups(captions, tokenize), torch.tensor(numbers)
-    replaced = Counter(reason for _, _, _, reason in samples if reason)
-    # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
-    return micro_batches, all_captions, dict(replaced)
+        part = samples[first:first + size]
+        micro_batches.append((default_collate([s.image for s in part]),
+                              tokenize_groups(objective.captions(part), tokenize)))
+    replaced = Counter(s.fault for s in samples if s.fault)
+    return Batch(micro_batches, objective.constants(samples), dict(replaced))
+
+
+def read_ahead(batches):
+    batches = iter(batches)
+    batch = next(batches, None)
+    with ThreadPoolExecutor(1) as fetcher:
+        waited = 0.0
+        while batch is not None:
+            upcoming = fetcher.submit(next, batches, None)
+            yield batch._replace(waited=waited)
+            began = time.perf_counter()
+            batch = upcoming.result()
+            waited = time.perf_counter() - began
 
 
 def tokenize_groups(captions: tuple[str], tokenize) -> list[dict]:
@@ -247,7 +265,7 @@ def tokenize_groups(captions: tuple[str], tokenize) -> list[dict]:
 
 
 def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, ranks: int,
-                    tokenize, pin_memory: bool = False) -> DataLoader:
+                    tokenize, objective, pin_memory: bool = False) -> DataLoader:
     """Iterates over this rank's batches of the steps start .. steps - 1, as `collate` returns them:
     cfg.accum micro-batches have b = batch_size / ranks / accum samples each.
 
@@ -262,10 +280,9 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, r
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
     return make_loader(
-        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cfg.workers,
+        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cores_to_spare() if cfg.workers < 0 else cfg.workers,
         batch_sampler=batch_order(index, cfg.batch_size, cfg.seed, start, steps, rank, ranks),
-        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize,
-                                     with_all_captions=cfg.geometry > 0),
+        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize, objective=objective),
         pin_memory=pin_memory)
 
 
@@ -696,182 +713,15 @@ def image_loader(gallery: dict, preprocess, batch_size: int, workers: int) -> Da
 
 
 # ---- what all programs share ---------------------------------------------------------------------
-class UserError(ValueError):
-    """A mistake that a user can correct: the programs print it as one line, without a traceback."""
-
-
 class BadSample(ValueError):
     """A sample that has to be left out. Its text is the reason under which it is counted."""
-
-
-def data_folder(name: str) -> Path:
-    """Where a data set known by name lies: $PARACLIP_DATA/name, by default shards/name."""
-    return Path(os.environ.get("PARACLIP_DATA", "shards")) / name
-
-
-def cache_folder() -> str:
-    """$PARACLIP_CACHE, by default ~/.cache/paraclip, or a temporary folder if there is no home."""
-    folder = os.path.expanduser(os.environ.get("PARACLIP_CACHE") or "~/.cache/paraclip")
-    if folder.startswith("~"):
-        folder = f"{tempfile.gettempdir()}/paraclip-{os.getuid()}"
-    os.makedirs(folder, exist_ok=True)
-    return folder
-
-
-def usable_cores() -> int:
-    """The CPU cores that this process may run on. (A container's CPU quota is not looked at.)"""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path | str):
-    """Opens a file for writing bytes, which takes the place of `path` once all is on disk.
-
-    An error or a kill on the way leaves the former file as it was. A kill also leaves the
-    unfinished file, .NAME.paraclip-tmp, which the next write to `path` overwrites. A link is
-    written through. Raises UserError if `path` is a folder, device or pipe, OSError with `path`.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UserError(f"{path} cannot be written: it is not a regular file")
-    unfinished = target.with_name(f".{target.name}.paraclip-tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-    except OSError as error:
-        # The error of a full disk does not say which file.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def flag(default, help: str, positional=False, choices=(), at_least=None, above=None,
-         at_most=None):
-    """A field of a configuration, which is a dataclass, that is also a command-line flag.
-
-    Its type is that of the default: bool, int, float, str, or a list of str.
-    choices, or limits of a number: at_least <= value, above < value, value <= at_most.
-    """
-    limits = []
-    if at_least is not None:
-        limits.append(f"at least {at_least}")
-    if above is not None:
-        limits.append(f"above {above}")
-    if at_most is not None:
-        limits.append(f"at most {at_most}")
-    expected = ", ".join(limits) or "a number"
-    if choices:
-        expected = "one of " + ", ".join(str(choice) for choice in choices)
-    notes = list(limits)
-    if default not in ("", []):
-        notes.append(f"default: {default}")
-    if notes:
-        help = f"{help} ({', '.join(notes)})"
-    rules = {"default": default, "help": help, "positional": positional, "choices": choices,
-             "at_least": at_least, "above": above, "at_most": at_most, "expected": expected}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=rules)
-    return field(default=default, metadata=rules)
-
-
-def check_ranges(cfg):
-    """Raises UserError if a flag's value is none of its choices, or a number out of its range."""
-    for flag_field in fields(cfg):
-        value, rules = getattr(cfg, flag_field.name), flag_field.metadata
-        default = rules["default"]
-        valid = True
-        if rules["choices"]:
-            valid = value == default or value in rules["choices"]
-        elif isinstance(default, (int, float)):
-            # Where a float is expected an int will do.
-            if not isinstance(value, (int, type(default))):
-                valid = False
-            elif not -math.inf < value < math.inf:
-                valid = False
-            elif rules["at_least"] is not None and value < rules["at_least"]:
-                valid = False
-            elif rules["above"] is not None and value <= rules["above"]:
-                valid = False
-            elif rules["at_most"] is not None and value > rules["at_most"]:
-                valid = False
-        if not valid:
-            name = flag_field.name.replace("_", "-")
-            raise UserError(f"--{name} {value}: expected {rules['expected']}")
-
-
-def parse_config(cls, argv=None, recipes: dict = {}):
-    """An instance of the dataclass `cls`, whose fields are `flag`s, from the command line.
-
-    Given flags win over recipes[name], which wins over the defaults. The name is the given
-    --recipe, or else the given --data.
-    """
-    def refuse(message):
-        raise UserError(f"{message}; see --help")
-
-    parser = argparse.ArgumentParser(
-        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        # What is not given shall be absent, so that it overrides no recipe.
-        argument_default=argparse.SUPPRESS)
-    parser.error = refuse
-    for flag_field in fields(cls):
-        rules = flag_field.metadata
-        name = flag_field.name if rules["positional"] else "--" + flag_field.name.replace("_", "-")
-        options = {"help": rules["help"].replace("%", "%%")}
-        if isinstance(rules["default"], bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(rules["default"], list):
-            options["nargs"] = "*" if rules["positional"] else "+"
-        else:
-            options["type"] = type(rules["default"])
-            if rules["choices"]:
-                options["choices"] = rules["choices"]
-        parser.add_argument(name, **options)
-    given = vars(parser.parse_args(argv))
-    recipe = recipes.get(given.get("recipe") or given.get("data"), {})
-    return cls(**{**recipe, **given})
-
-
-def run(program):
-    """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
-    Ctrl-C in status 130, a bug in a traceback."""
-    status = 2
-    try:
-        program()
-        # Here, and not at exit, a full disk is met. Where stdout is closed there is none.
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except (UserError, OSError, ImportError) as error:
-        message = str(error)
-    except MemoryError:
-        message = "out of memory"
-    except RuntimeError as error:
-        # torch has no class of its own for a dead worker, or for a full memory of the CPU.
-        message = str(error)
-        user_causes = ["DataLoader worker (pid", "out of memory", "allocate memory"]
-        if not any(cause in message for cause in user_causes):
-            raise
-    # What is raised in a loader worker arrives as a text: its traceback, whose last line tells.
-    if "Original Traceback" in message:
-        message = message.strip().splitlines()[-1].rpartition("UserError: ")[2]
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    print(f"{rank}error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 # ---- python data.py PATH -------------------------------------------------------------------------
 @dataclass
 class InspectConfig:
     data: str = flag("", "shards, as for paraclip.py --data", positional=True)
-    workers: int = flag(1, "processes that read and decode", at_least=0)
+    workers: int = flag(1, "processes that read and decode", low=0)
 
 
 class DecodingTest(Dataset):

@@ -26,32 +26,18 @@ def flag_name(flag_field) -> str:
     return "--" + flag_field.name.replace("_", "-")
 
 
-def expected(rules) -> str:
-    """What values a flag takes, in words; "" if it takes any."""
-    if rules["choices"]:
-        return "one of " + ", ".join(rules["choices"])
-    limits = []
-    if rules["low"] > -math.inf:
-        limits.append(f"at least {rules['low']}")
-    if rules["high"] < math.inf:
-        limits.append(f"at most {rules['high']}")
-    return ", ".join(limits)
-
-
 def check_ranges(cfg):
     """Raises UserError if a value is none of its flag's choices, or a number out of its range."""
     for flag_field in fields(cfg):
         value, rules = getattr(cfg, flag_field.name), flag_field.metadata
+        valid, expected = True, f"{rules['low']} to {rules['high']}"
         if rules["choices"]:
-            valid = value in ("", *rules["choices"])
+            valid, expected = value in ("", *rules["choices"]), ", ".join(rules["choices"])
         elif isinstance(value, (int, float)):
             # NaN and infinity are no settings, whatever the range.
             valid = math.isfinite(value) and rules["low"] <= value <= rules["high"]
-        else:
-            valid = True
         if not valid:
-            raise UserError(f"{flag_name(flag_field)} {value}: expected "
-                            f"{expected(rules) or 'a finite number'}")
+            raise UserError(f"{flag_name(flag_field)} {value}: expected {expected}")
 
 
 def parse_config(cls, argv=None, recipes={}):
@@ -74,11 +60,9 @@ def parse_config(cls, argv=None, recipes={}):
         default = flag_field.default
         if default is MISSING:
             default = flag_field.default_factory()
-        notes = [expected(rules)]
+        help = rules["help"]
         if default not in ("", []):
-            notes.append(f"default: {default}")
-        notes = ", ".join(filter(None, notes))
-        help = f"{rules['help']} ({notes})" if notes else rules["help"]
+            help += f" (default: {default})"
         options = {"help": help.replace("%", "%%")}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
