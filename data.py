@@ -1,21 +1,22 @@
 """The data of paraclip: from tar shards of images and captions to training batches.
 
-    tar shards -> ShardIndex      a table: where each image and each caption lies
-               -> epoch_order     a permutation of its rows
-               -> TrainingSet[i]  one image, decoded and cropped, with one caption
-               -> collate         a batch of them
-               -> training_loader the batches of a run
+    tar shards -> ShardIndex             a table: where each image and each caption lies
+               -> epoch_order            a permutation of its rows
+               -> TrainingSet[epoch, i]  one image, decoded and cropped, and its captions
+               -> collate                a batch of them
+               -> training_loader        the batches of a run
+               -> read_ahead             each fetched while the one before is in use
 
     python data.py PATH [--workers N]   # check your shards: samples, skips by reason, images/s
 """
 
-import argparse
 import atexit
 import contextlib
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -24,14 +25,15 @@ import random
 import re
 import resource
 import signal
-import sys
 import tarfile
 import tempfile
 import time
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,91 +49,121 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.distributed import cores_to_spare
+from common.files import atomic_write, cache_folder, data_folder
+
+
+class BadSample(ValueError):
+    """A sample that has to be left out. Its text is the reason under which it is counted."""
+
 
 # ---- the index: a table of samples ---------------------------------------------------------------
-# A row of the table. Members of a tar begin at multiples of 512 bytes, so that 32 bits are enough
-# for the place of a member in a shard of up to 2 TiB.
-BLOCK = tarfile.BLOCKSIZE
-ENTRY = np.dtype([("image_block", "<u4"), ("image_size", "<u4"),
-                  ("caption_block", "<u4"), ("caption_size", "<u4"), ("is_json", "?")])
+# A row: the number of a shard, and the offset and size in bytes of the two members in it.
+ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
+                ("caption", "<u8"), ("caption_size", "<u4"), ("is_json", "?")])
+# Neighbours are read from disk together, about so many bytes at a time.
+BLOCK_BYTES = 4 << 20
 
 
 class ShardIndex:
     """The table of all usable samples of a set of shards, numbered 0 .. len - 1 in storage order.
 
-    It is built once, by `workers` processes, and kept in $PARACLIP_CACHE (default
-    ~/.cache/paraclip). Rows are read from there one by one, 17 bytes a sample: 400 million
-    samples need no memory. Raises UserError if there is no usable sample.
+    It is built once, by `workers` processes, and kept in the cache folder, from where rows are
+    mapped into memory: 400 million samples need none. Raises UserError if no sample is usable.
 
     shards: paths of the tar files. skipped: {reason: samples left out}. extensions: {extension:
-    members}. rows_file: path of the table. fingerprint: a hash of the table and of all captions,
-    the same wherever the shards lie.
+    members}. fingerprint: a hash of the table and of all captions, the same wherever the shards
+    lie. block: how many neighbours are about BLOCK_BYTES long.
     """
 
     def __init__(self, data: str, workers: int = 0):
-        # A shard may have been replaced since it was opened.
-        open_shard.cache_clear()
         self.shards = [str(path.absolute()) for path in find_shards(data)]
         # ctime, unlike mtime, tells every change of a file.
         ctimes = [os.stat(path).st_ctime_ns for path in self.shards if os.path.exists(path)]
-        key = json.dumps([ENTRY.descr, os.getuid(), self.shards, ctimes])
-        stem = f"{cache_folder()}/{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-        # Of processes that start together one builds the index, and the others wait.
-        with FileLock(f"{stem}.lock"):
-            facts = load_index(stem) or build_index(self.shards, stem, workers)
+        key = json.dumps([ROW.descr, os.getuid(), self.shards, ctimes])
+        folder = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:24]
+        if not folder.exists():
+            # Of processes that start together one builds the index, and the others wait.
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    folder = build_index(self.shards, folder, workers)
+        self.table = folder / "rows"
+        facts = json.loads((folder / "facts.json").read_text())
         self.skipped, self.extensions = facts["skipped"], facts["extensions"]
-        self.rows_file = rows_file_of(stem, facts)
-        self.fingerprint = fingerprint_of(facts)
-        # The number of the first sample of each shard, and of the end.
-        self.starts = np.cumsum([0] + facts["samples"])
+        self.fingerprint = facts["fingerprint"]
         if len(self) == 0:
             raise UserError(f"no KEY.jpg with KEY.txt or KEY.json in '{data}'; skipped: "
                             f"{self.skipped}; members seen: {self.extensions or 'none'}")
+        image_bytes = open_table(self.table)["image_size"][:1024].mean()
+        self.block = int(max(1, min(1024, BLOCK_BYTES / image_bytes)))
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _row(self, i: int) -> tuple[str, np.void]:
-        """The shard that holds sample i, and the sample's row."""
-        shard = self.shards[int(np.searchsorted(self.starts, i, side="right")) - 1]
-        content = read_range(self.rows_file, i * ENTRY.itemsize, ENTRY.itemsize)
-        return shard, np.frombuffer(content, ENTRY)[0]
+        return os.path.getsize(self.table) // ROW.itemsize
 
     def image(self, i: int) -> bytes:
         """The image file of sample i. Raises BadSample."""
-        shard, row = self._row(i)
-        return read_range(shard, int(row["image_block"]) * BLOCK, int(row["image_size"]))
+        row = open_table(self.table)[i]
+        return read_range(self.shards[row["shard"]], row["image"], row["image_size"])
 
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, one or several. Raises BadSample."""
-        shard, row = self._row(i)
-        return read_captions(shard, int(row["caption_block"]) * BLOCK, int(row["caption_size"]),
-                             bool(row["is_json"]))
+        row = open_table(self.table)[i]
+        content = read_range(self.shards[row["shard"]], row["caption"], row["caption_size"])
+        return parse_captions(content, row["is_json"])
 
     def prefetch(self, first: int, count: int):
         """Asks the system to read `count` neighbouring samples into its page cache as one piece.
 
         Samples are read in random order. From a cold disk this is 1.2 to 2 times as fast.
         """
-        last = min(first + count, len(self)) - 1
-        with contextlib.suppress(BadSample, OSError):
-            shard, row = self._row(first)
-            last_shard, last_row = self._row(last)
-            # A block that spans two shards is left to ordinary reading; macOS has no such call.
-            if shard == last_shard and hasattr(os, "posix_fadvise"):
-                begin = int(row["image_block"]) * BLOCK
-                end = int(last_row["image_block"]) * BLOCK + int(last_row["image_size"])
-                os.posix_fadvise(open_shard(shard).fileno(), begin, end - begin,
-                                 os.POSIX_FADV_WILLNEED)
+        rows = open_table(self.table)[first:first + count]
+        # A block that spans two shards is left to ordinary reading.
+        if rows[0]["shard"] == rows[-1]["shard"]:
+            begin, end = rows[0]["image"], rows[-1]["image"] + rows[-1]["image_size"]
+            # macOS has no such call.
+            with contextlib.suppress(AttributeError, OSError):
+                file = open_shard(self.shards[rows[0]["shard"]])
+                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+
+# Not a member of ShardIndex, which is sent to workers, since a mapped array would be sent whole.
+@functools.lru_cache(maxsize=8)
+def open_table(path: Path) -> np.ndarray:
+    return np.memmap(path, ROW, mode="r")
+
+
+def build_index(shards: list[str], folder: Path, workers: int) -> Path:
+    """Indexes the shards into `folder`, and returns the folder where the index lies."""
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+    skipped, extensions, fingerprint = Counter(), Counter(), hashlib.sha256()
+    results = make_loader(list(enumerate(shards)), workers, batch_size=None,
+                          collate_fn=index_shard)
+    with atomic_write(unfinished / "rows") as file:
+        for rows, captions_crc32, shard_skipped, shard_extensions in tqdm(
+                results, "indexing shards", disable=None, leave=False):
+            file.write(rows)
+            fingerprint.update(rows + captions_crc32.to_bytes(4, "big"))
+            # This adds no zeros.
+            skipped += shard_skipped
+            extensions += shard_extensions
+    facts = {"skipped": skipped, "extensions": dict(extensions.most_common(20)),
+             "fingerprint": fingerprint.hexdigest()}
+    with atomic_write(unfinished / "facts.json") as file:
+        file.write(json.dumps(facts).encode())
+    # What a disk cannot read now it may read the next time.
+    if "unreadable shard" in skipped:
+        return unfinished
+    return unfinished.rename(folder)
 
 
 # ---- the order of samples ------------------------------------------------------------------------
 #   0 1 2 3 4 5 6 7 8 9 ...         samples in storage order; neighbours lie together on disk
-#   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours, BLOCK_BYTES long
-#   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows of WINDOW samples
+#   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours
+#   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
+# The samples of a window are at least so many, if the set has them, and less than twice as many.
 WINDOW = 24_576
-BLOCK_BYTES = 4 << 20
 
 
 def epoch_order(n: int, block: int, seed: int, epoch: int):
@@ -147,34 +179,32 @@ def epoch_order(n: int, block: int, seed: int, epoch: int):
 
 
 def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps: int,
-                rank: int, ranks: int):
-    """Yields this rank's [(epoch, sample)] for each of the steps start .. steps - 1.
+                rank: int, world_size: int):
+    """Yields this rank's [(epoch, sample)] for each of the steps start + 1 .. steps.
 
     It is the rank-th slice of every global batch. What remains at an epoch's end and fills no
     global batch is dropped.
     """
-    image_bytes = np.fromfile(index.rows_file, ENTRY, 1024)["image_size"].mean()
-    block = int(max(1, min(1024, BLOCK_BYTES / float(image_bytes))))
     # Of several machines each reads a part of every block only.
-    one_machine = ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    one_machine = world_size == int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     steps_per_epoch = len(index) // batch_size
-    slice_size = batch_size // ranks
-    for step in range(start, steps):
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if step == start or step_in_epoch == 0:
-            samples = epoch_order(len(index), block, seed, epoch)
+    slice_size = batch_size // world_size
+    for finished in range(start, steps):
+        epoch, finished_in_epoch = divmod(finished, steps_per_epoch)
+        if finished == start or finished_in_epoch == 0:
+            samples = epoch_order(len(index), index.block, seed, epoch)
+            samples = itertools.islice(samples, finished_in_epoch * batch_size, None)
             prefetched = set()
-            for _ in range(step_in_epoch * batch_size):
-                next(samples)
-        batch = [(epoch, next(samples)) for _ in range(batch_size)]
-        for _, i in batch:
-            if one_machine and i // block not in prefetched:
-                prefetched.add(i // block)
-                index.prefetch(i // block * block, block)
-        yield batch[rank * slice_size:(rank + 1) * slice_size]
+        batch = list(itertools.islice(samples, batch_size))
+        for i in batch:
+            block_start = i - i % index.block
+            if one_machine and block_start not in prefetched:
+                prefetched.add(block_start)
+                index.prefetch(block_start, index.block)
+        yield [(epoch, i) for i in batch[rank * slice_size:(rank + 1) * slice_size]]
 
 
-# ---- the training loader -------------------------------------------------------------------------
+# ---- samples and batches -------------------------------------------------------------------------
 # If so many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
 # tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
@@ -182,20 +212,31 @@ LENGTH_GROUPS = 4
 MIN_GROUP = 64
 
 
+class Sample(NamedTuple):
+    image: torch.Tensor  # uint8 (3, S, S)
+    caption: str  # the one drawn of `captions`
+    captions: list[str]  # all captions of the image
+    epoch: int
+    number: int  # its row in the index
+    fault: str  # why it replaces the sample that was due; "" if it is that sample
+
+
+@dataclass
 class TrainingSet(Dataset):
-    """(epoch, sample) -> (image uint8 (3, S, S), caption, all captions of the image, reason).
+    """TrainingSet[epoch, i] is the Sample that stands for sample i in this epoch.
 
-    Crop, mirroring, and caption where a sample has several, are functions of (seed, epoch, sample).
-    A sample that proves bad is replaced by another one, and `reason` says why; it is "" otherwise.
+    Crop, mirroring, and caption where a sample has several, are functions of (seed, epoch, i).
+    A sample that proves bad is replaced by another one. Raises UserError if too many are bad.
     """
+    index: ShardIndex
+    image_size: int
+    min_area: float  # of a crop, as a share of the image
+    flip: bool
+    seed: int
 
-    def __init__(self, index: ShardIndex, image_size: int, min_area: float, flip: bool, seed: int):
-        self.index, self.image_size, self.seed = index, image_size, seed
-        self.min_area, self.flip = min_area, flip
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, str, list[str], str]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, i = key
-        first_reason = ""
+        fault = ""
         # numpy's generators take twice as long to seed.
         rng = random.Random(f"{self.seed} {epoch} {i}")
         for _ in range(MAX_REPLACEMENTS):
@@ -204,51 +245,85 @@ class TrainingSet(Dataset):
                 image = random_crop(image, self.image_size, self.min_area, rng)
                 captions = self.index.captions(i)
             except BadSample as reason:
-                first_reason = first_reason or str(reason)
+                fault = fault or str(reason)
                 # A random sample and not the next one: a broken shard makes long bad stretches.
                 i = rng.randrange(len(self.index))
                 continue
             caption = captions[0] if len(captions) == 1 else rng.choice(captions)
             if self.flip and rng.random() < 0.5:
                 image = image.flip(-1)
-            return Sample(image, caption, captions, epoch, i, first_reason)
-        raise UserError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the first: "
-                        f"{first_reason}")
-
-
-class Sample(NamedTuple):
-    image: object
-    caption: str
-    captions: list
-    epoch: int
-    number: int
-    fault: str
+            return Sample(image, caption, captions, epoch, i, fault)
+        raise UserError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the first: {fault}")
 
 
 class Batch(NamedTuple):
-    micro_batches: list
-    constants: object
-    replaced: dict
-    waited: float = 0.0
+    """A rank's part of a global batch, in micro-batches of b samples each.
+
+    A micro-batch is (images uint8 (b, 3, S, S), token batches), where the token batches have b x C
+    rows together: the C captions that the objective takes of each image, side by side.
+    """
+    micro_batches: list[tuple[torch.Tensor, list]]
+    constants: torch.Tensor | None  # a row for each sample, in the order of the images
+    replaced: dict[str, int]  # how many samples were replaced, by reason
+    waited: float = 0.0  # seconds, see read_ahead
 
 
-def collate(samples, accum, tokenize, objective):
+def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
+    """A Batch of `accum` micro-batches. tokenize: list of str -> a token batch.
+
+    objective.captions(samples) gives what the text tower encodes, C captions for each sample;
+    objective.constants(samples) a tensor with a row for each sample, or None.
+    """
+    # The order within a batch does not matter to the loss. Sorted by length, captions need little
+    # padding.
     samples = sorted(samples, key=lambda sample: len(sample.caption))
     size = len(samples) // accum
     micro_batches = []
     for first in range(0, len(samples), size):
         part = samples[first:first + size]
-        micro_batches.append((default_collate([s.image for s in part]),
-                              tokenize_groups(objective.captions(part), tokenize)))
-    replaced = Counter(s.fault for s in samples if s.fault)
+        # In a worker, default_collate writes into memory that the parent shares; stack does not.
+        images = default_collate([sample.image for sample in part])
+        micro_batches.append((images, tokenize_groups(objective.captions(part), tokenize)))
+    replaced = Counter(sample.fault for sample in samples if sample.fault)
+    # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
     return Batch(micro_batches, objective.constants(samples), dict(replaced))
 
 
+def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
+    """Captions, sorted by length -> token batches, each of captions of about equal length."""
+    group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
+    return [tokenize(captions[i:i + group]) for i in range(0, len(captions), group)]
+
+
+# ---- the training loader -------------------------------------------------------------------------
+def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, world_size: int,
+                    tokenize, objective, pin_memory: bool = False) -> DataLoader:
+    """Iterates over this rank's Batch of each of the steps start + 1 .. steps, see `collate`.
+
+    The batches are the same for any cfg.workers. cfg has batch_size (global), accum, image_size,
+    crop (minimum area), flip, seed and workers.
+    """
+    # Every tensor that a worker hands over takes a file descriptor.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems allow less than their own limit.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
+    return make_loader(
+        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cfg.workers,
+        batch_sampler=batch_order(index, cfg.batch_size, cfg.seed, start, steps, rank, world_size),
+        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize,
+                                     objective=objective),
+        pin_memory=pin_memory)
+
+
 def read_ahead(batches):
+    """Yields the same batches. A thread fetches the next one while the caller uses this one, and
+    `waited` is how long the caller then had to wait for it."""
     batches = iter(batches)
-    batch = next(batches, None)
+    # The first one is fetched here: torch notices dying workers only if the main thread started
+    # them.
+    batch, waited = next(batches, None), 0.0
     with ThreadPoolExecutor(1) as fetcher:
-        waited = 0.0
         while batch is not None:
             upcoming = fetcher.submit(next, batches, None)
             yield batch._replace(waited=waited)
@@ -257,40 +332,12 @@ def read_ahead(batches):
             waited = time.perf_counter() - began
 
 
-def tokenize_groups(captions: tuple[str], tokenize) -> list[dict]:
-    """Captions, sorted by length -> token batches. Captions of about equal length share one, so
-    that they need little padding."""
-    group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
-    return [tokenize(list(captions[i:i + group])) for i in range(0, len(captions), group)]
-
-
-def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, ranks: int,
-                    tokenize, objective, pin_memory: bool = False) -> DataLoader:
-    """Iterates over this rank's batches of the steps start .. steps - 1, as `collate` returns them:
-    cfg.accum micro-batches have b = batch_size / ranks / accum samples each.
-
-    The batches are the same for any cfg.workers. tokenize: list of str -> dict of tensors.
-    cfg has batch_size (global), accum, image_size, crop (minimum area), flip, geometry (all
-    captions are needed if it is not 0), seed and workers.
-    """
-    # Every tensor that a worker hands over takes a file descriptor.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        # Some systems allow less than their own limit.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 1 << 16)), hard))
-    return make_loader(
-        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cores_to_spare() if cfg.workers < 0 else cfg.workers,
-        batch_sampler=batch_order(index, cfg.batch_size, cfg.seed, start, steps, rank, ranks),
-        collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize, objective=objective),
-        pin_memory=pin_memory)
-
-
 def make_loader(dataset, workers: int, **options) -> DataLoader:
-    """A DataLoader whose workers survive the signals that are meant for their parent."""
+    """A DataLoader whose workers survive the signals that are meant for their parent. A negative
+    number of workers stands for this rank's share of the cores."""
     atexit.register(kill_workers)
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals_to_parent,
-                      **options)
+    return DataLoader(dataset, num_workers=cores_to_spare() if workers < 0 else workers,
+                      worker_init_fn=leave_signals_to_parent, **options)
 
 
 def leave_signals_to_parent(worker: int):
@@ -313,8 +360,8 @@ def kill_workers():
 # ---- shards: what a tar file holds ---------------------------------------------------------------
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 # Larger members count as missing.
-MAX_MEMBER_BYTES = 64 << 20
-MAX_JSON_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 64 << 20
+MAX_CAPTION_BYTES = 1 << 20
 # Language models keep some 77 tokens of a caption; a page of text would only slow the tokenizer.
 MAX_CAPTION = 10_000
 
@@ -350,23 +397,18 @@ def find_shards(data: str) -> list[Path]:
     return shards
 
 
-def scan_shard(path: Path | str) -> tuple[dict, dict, dict, Counter, Counter]:
-    """Where the members of a shard lie: three dicts {key: (block, bytes)} of its images, .txt and
-    .json members; then {reason: samples skipped} and {extension: members}.
+def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
+    """The images, .txt and .json members of a shard, in their order: (key, extension, offset,
+    bytes) each; then {reason: faults of the shard} and {extension: members of any kind}.
 
     A key is the member's path without the last extension. Links, empty and huge members count as
     missing; nothing is unpacked. Of a broken shard all that comes before the fault is given.
     """
-    images, texts, jsons = {}, {}, {}
-    skipped, extensions = Counter(), Counter()
+    members, faults, extensions = [], Counter(), Counter()
     try:
-        length = os.path.getsize(path)
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            last_offset = -1
-            while True:
-                member = tar.next()
-                if member is None:
-                    break
+            length = os.path.getsize(path)
+            while (member := tar.next()) is not None:
                 # Else tarfile keeps every header in memory.
                 tar.members = []
                 # A sparse member is shorter in the shard than the size that it states.
@@ -374,126 +416,77 @@ def scan_shard(path: Path | str) -> tuple[dict, dict, dict, Counter, Counter]:
                 if not sparse and member.size > length - member.offset_data:
                     raise tarfile.ReadError("a member ends after the file")
                 # A negative size leads tarfile backwards, where it would go round for ever.
-                if tar.offset <= last_offset:
-                    raise tarfile.ReadError("a member begins before the last one")
-                last_offset = tar.offset
+                if tar.offset <= member.offset:
+                    raise tarfile.ReadError("the next header comes before this one")
 
                 key, _, extension = member.name.rpartition(".")
                 extension = extension.lower()
                 extensions[extension] += 1
+                limit = 0
                 if extension in IMAGE_TYPES:
-                    members, limit = images, MAX_MEMBER_BYTES
-                elif extension == "txt":
-                    members, limit = texts, MAX_MEMBER_BYTES
-                elif extension == "json":
-                    members, limit = jsons, MAX_JSON_BYTES
-                else:
-                    continue
-                if not member.isreg() or sparse or not 0 < member.size <= limit:
-                    continue
-                if key in members:
-                    skipped["duplicate key"] += 1
-                    continue
-                members[key] = (member.offset_data // BLOCK, member.size)
+                    limit = MAX_IMAGE_BYTES
+                elif extension in ("txt", "json"):
+                    limit = MAX_CAPTION_BYTES
+                if member.isreg() and not sparse and 0 < member.size <= limit:
+                    members.append((key, extension, member.offset_data, member.size))
 
             # tarfile ends without an error at a header that it cannot read. A tar's true end is a
             # block of zeros, and only zeros follow.
             rest = os.pread(file.fileno(), 1 << 20, tar.offset)
-            if rest[:BLOCK] != bytes(BLOCK):
+            if rest[:tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("no end of archive")
             if any(rest):
-                skipped["a second archive in the shard"] += 1
+                faults["a second archive in the shard"] += 1
     except FileNotFoundError:
-        skipped["missing shard"] += 1
+        faults["missing shard"] += 1
     except OSError:
-        skipped["unreadable shard"] += 1
+        faults["unreadable shard"] += 1
     except Exception:
         # tarfile raises whatever it meets in a garbled header: ValueError, OverflowError, ...
-        skipped["broken or truncated shard"] += 1
-    return images, texts, jsons, skipped, extensions
+        faults["broken or truncated shard"] += 1
+    return members, faults, extensions
 
 
-def index_shard(path: Path | str) -> tuple[list[tuple], int, Counter, Counter]:
-    """A shard's usable samples in the order of their images: their ENTRY rows, and the crc32 of
-    their captions; then {reason: samples skipped} and {extension: members}."""
-    images, texts, jsons, skipped, extensions = scan_shard(path)
-    rows, crc32 = [], 0
-    for key, (image_block, image_size) in images.items():
+def index_shard(numbered_path: tuple[int, str]) -> tuple[bytes, int, Counter, Counter]:
+    """The rows of a shard's usable samples, in the order of their images, and the crc32 of their
+    captions; then {reason: samples skipped} and {extension: members}."""
+    number, path = numbered_path
+    members, skipped, extensions = scan_shard(path)
+    images, texts, jsons = {}, {}, {}
+    for key, extension, offset, size in members:
+        kind = {"txt": texts, "json": jsons}.get(extension, images)
+        if key in kind:
+            skipped["duplicate key"] += 1
+        else:
+            kind[key] = (offset, size)
+
+    rows, captions_crc32 = [], 0
+    for key, image in images.items():
         # A .txt is taken before a .json.
         is_json = key not in texts
-        if is_json and key not in jsons:
+        caption = jsons.get(key) if is_json else texts[key]
+        if caption is None:
             skipped["no caption"] += 1
             continue
-        block, size = jsons[key] if is_json else texts[key]
         try:
-            captions = read_captions(str(path), block * BLOCK, size, is_json)
+            captions = parse_captions(read_range(path, *caption), is_json)
         except BadSample as reason:
             skipped[str(reason)] += 1
             continue
-        rows.append((image_block, image_size, block, size, is_json))
-        crc32 = zlib.crc32("\n".join(captions).encode(), crc32)
-    without_image = len((texts.keys() | jsons.keys()) - images.keys())
-    if without_image:
-        skipped["no image"] += without_image
-    return rows, crc32, skipped, extensions
+        rows.append((number, *image, *caption, is_json))
+        captions_crc32 = zlib.crc32("\n".join(captions).encode(), captions_crc32)
+    skipped["no image"] = len((texts.keys() | jsons.keys()) - images.keys())
+    return np.array(rows, ROW).tobytes(), captions_crc32, skipped, extensions
 
 
-def rows_file_of(stem: str, facts: dict) -> str:
-    # Named by its content: while a shard cannot be read, the same shards have another table, which
-    # another process may be using.
-    return f"{stem}.{facts['rows_sha256'][:16]}.rows"
-
-
-def fingerprint_of(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def hash_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_index(stem: str) -> dict | None:
-    """The facts of an index in the cache; None if it is not there, or damaged."""
-    try:
-        cached = json.loads(Path(f"{stem}.json").read_bytes())
-        facts = cached["facts"]
-        if cached["fingerprint"] != fingerprint_of(facts):
-            return None
-        if facts["rows_sha256"] != hash_file(rows_file_of(stem, facts)):
-            return None
-        return facts
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def build_index(shards: list[str], stem: str, workers: int) -> dict:
-    """Indexes the shards and writes their table to the cache. Returns the facts about it."""
-    samples, crc32s, skipped, extensions = [], [], Counter(), Counter()
-    results = make_loader(shards, workers, batch_size=None, collate_fn=index_shard)
-    with atomic_write(f"{stem}.rows") as file:
-        for rows, crc32, shard_skipped, shard_extensions in tqdm(
-                results, "indexing shards", disable=None, leave=False):
-            file.write(np.array(rows, ENTRY).tobytes())
-            samples.append(len(rows))
-            crc32s.append(crc32)
-            skipped += shard_skipped
-            extensions += shard_extensions
-    facts = {"samples": samples, "captions_crc32": crc32s, "skipped": dict(skipped),
-             "extensions": dict(extensions.most_common(20)),
-             "rows_sha256": hash_file(f"{stem}.rows")}
-    os.replace(f"{stem}.rows", rows_file_of(stem, facts))
-    # What a disk cannot read now it may read the next time.
-    if "unreadable shard" not in skipped:
-        with atomic_write(f"{stem}.json") as file:
-            cached = {"fingerprint": fingerprint_of(facts), "facts": facts}
-            file.write(json.dumps(cached).encode())
-    return facts
-
-
-# Open files, the most recently used. A file is closed when it falls out of the cache.
-@functools.lru_cache(maxsize=128)
 def open_shard(path: str):
+    """The open file. It stays open, unless another one has taken its place."""
+    return open_version(path, os.stat(path).st_ctime_ns)
+
+
+# The files most recently used. A file is closed when it falls out of the cache.
+@functools.lru_cache(maxsize=128)
+def open_version(path: str, ctime: int):
     return open(path, "rb", buffering=0)
 
 
@@ -514,15 +507,12 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-def read_captions(path: str, offset: int, size: int, is_json: bool) -> list[str]:
-    """The captions of a KEY.txt (always one) or KEY.json (one or several), white space folded.
+def parse_captions(content: bytes, is_json: bool) -> list[str]:
+    """The captions in a KEY.txt (always one) or KEY.json (one or several), white space folded.
 
     Captions are cut after MAX_CAPTION characters. Raises BadSample if none has a letter.
     """
-    if not is_json:
-        # No character of UTF-8 has more than four bytes.
-        size = min(size, 4 * MAX_CAPTION)
-    text = read_range(path, offset, size).decode("utf-8-sig", errors="replace")
+    text = content.decode("utf-8-sig", errors="replace")
     texts = [text]
     if is_json:
         try:
@@ -547,9 +537,6 @@ def read_captions(path: str, offset: int, size: int, is_json: bool) -> list[str]
 # ---- images: decoding and cropping ---------------------------------------------------------------
 # An image that states a larger size is refused before it is decoded.
 MAX_PIXELS = 64_000_000
-# Each scan of a progressive JPEG costs a pass over all pixels. Encoders write about ten.
-MAX_JPEG_SCANS = 64
-JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 # Evaluation cuts the long side of a longer image, since resizing its short side would blow it up.
 MAX_ASPECT = 32
 # Pillow would also open, under any name, EPS (by running Ghostscript) and a zoo of rare formats.
@@ -568,20 +555,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def count_jpeg_scans(content: bytes) -> int:
-    """The scans of a JPEG, whatever its metadata hold and whatever follows its end."""
-    scans, position = 0, 2
-    while True:
-        marker = JPEG_MARKER.search(content, position)
-        if marker is None or marker.group() == b"\xff\xd9":
-            return scans
-        if marker.group() == b"\xff\xda":
-            scans += 1
-        # A segment begins with its length. A scan's data, which follow its segment, hold no marker.
-        length = int.from_bytes(content[marker.end():marker.end() + 2], "big")
-        position = marker.end() + length
-
-
 def decode_image(content: bytes) -> torch.Tensor:
     """The bytes of an image file -> uint8 RGB (3, H, W), as `to_rgb` shows it. Raises BadSample."""
     try:
@@ -590,8 +563,6 @@ def decode_image(content: bytes) -> torch.Tensor:
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("too many pixels")
         if image.format == "JPEG":
-            if count_jpeg_scans(content) > MAX_JPEG_SCANS:
-                raise BadSample("too many scans")
             if image.getexif().get(0x0112, 1) == 1:
                 # Upright. torchvision gives the same pixels as Pillow, faster. Where it cannot,
                 # Pillow decides.
@@ -629,11 +600,7 @@ def random_crop(image: torch.Tensor, size: int, min_area: float, rng: random.Ran
 def cut_long_side(image: Image.Image) -> Image.Image:
     """The middle of an image whose long side is more than MAX_ASPECT times the short one."""
     longest = MAX_ASPECT * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    width, height = min(image.width, longest), min(image.height, longest)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return TF.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def center_crop(image: Image.Image, size: int) -> torch.Tensor:
@@ -643,80 +610,6 @@ def center_crop(image: Image.Image, size: int) -> torch.Tensor:
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
 
 
-# ---- galleries: the images of an evaluation ------------------------------------------------------
-# A gallery is a dict {name: item} in ranking order. An item is the path of an image file, a (tar,
-# offset, bytes) range of a shard, or a uint8 array (H, W, 3) that is in memory already.
-def list_gallery(folder) -> dict:
-    """The gallery of a folder: the images in its .tar shards by key, in storage order; or else
-    every image file below it that is not hidden, named and sorted by its path in the folder."""
-    open_shard.cache_clear()
-    folder = Path(folder)
-    from_shards, skipped = {}, Counter()
-    for shard in sorted(folder.glob("*.tar")):
-        images, _, _, shard_skipped, _ = scan_shard(shard)
-        skipped += shard_skipped
-        for key, (block, size) in images.items():
-            if key in from_shards:
-                skipped["duplicate key"] += 1
-            else:
-                from_shards[key] = (str(shard), block * BLOCK, size)
-    if skipped:
-        print(f"{folder}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
-
-    files, visited = {}, set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        # Through links a folder may hold itself.
-        if os.path.realpath(parent) in visited:
-            subfolders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        subfolders[:] = [name for name in sorted(subfolders) if not name.startswith(".")]
-        for name in names:
-            extension = name.rpartition(".")[2].lower()
-            if not name.startswith(".") and extension in (*IMAGE_TYPES, "bmp"):
-                path = Path(parent, name)
-                files[path.relative_to(folder).as_posix()] = path
-
-    if from_shards and files:
-        raise UserError(f"{folder} holds {len(from_shards)} images in .tar shards and {len(files)} "
-                        "image files beside them: give a folder with one or the other")
-    if not from_shards and not files:
-        raise UserError(f"{folder}: no such folder, or no image in it or below")
-    return from_shards or dict(sorted(files.items()))
-
-
-def open_image(item) -> Image.Image:
-    """The RGB Pillow image of a gallery's item. Raises BadSample or OSError."""
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    content = item.read_bytes() if isinstance(item, Path) else read_range(*item)
-    return cut_long_side(TF.to_pil_image(decode_image(content)))
-
-
-def collate_images(items: list, preprocess):
-    indices, images, failed = [], [], []
-    for i, item in items:
-        try:
-            images.append(preprocess(open_image(item)))
-            indices.append(i)
-        except Exception as error:
-            # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
-            failed.append((i, str(error) or type(error).__name__))
-    return indices, default_collate(images) if images else None, failed
-
-
-def image_loader(gallery: dict, preprocess, batch_size: int, workers: int) -> DataLoader:
-    """Iterates over a gallery: (indices, batch of preprocess(image), or None if all failed,
-    [(index, reason it failed)])."""
-    return make_loader(list(enumerate(gallery.values())), workers, batch_size=batch_size,
-                       collate_fn=functools.partial(collate_images, preprocess=preprocess))
-
-
-# ---- what all programs share ---------------------------------------------------------------------
-class BadSample(ValueError):
-    """A sample that has to be left out. Its text is the reason under which it is counted."""
-
-
 # ---- python data.py PATH -------------------------------------------------------------------------
 @dataclass
 class InspectConfig:
@@ -724,20 +617,18 @@ class InspectConfig:
     workers: int = flag(1, "processes that read and decode", low=0)
 
 
-class DecodingTest(Dataset):
-    """Sample number -> "", or the reason why it cannot be trained on."""
-
-    def __init__(self, index: ShardIndex):
-        self.index = index
-
-    def __getitem__(self, i: int) -> str:
+def find_faults(numbers: list[int], index: ShardIndex) -> list[str]:
+    """Why samples cannot be trained on; "" for those that can."""
+    faults = []
+    for i in numbers:
+        fault = ""
         try:
-            image = decode_image(self.index.image(i))
-            random_crop(image, 224, 0.5, random.Random(i))
-            self.index.captions(i)
+            random_crop(decode_image(index.image(i)), 224, 0.5, random.Random(i))
+            index.captions(i)
         except BadSample as reason:
-            return str(reason)
-        return ""
+            fault = str(reason)
+        faults.append(fault)
+    return faults
 
 
 def main(argv=None):
@@ -745,16 +636,13 @@ def main(argv=None):
     check_ranges(cfg)
     index = ShardIndex(cfg.data, cfg.workers)
     # At most 50,000 samples, from all over the set.
-    samples = []
-    for i in epoch_order(len(index), block=128, seed=0, epoch=0):
-        if len(samples) < 50_000:
-            samples.append(i)
+    samples = list(itertools.islice(epoch_order(len(index), 128, seed=0, epoch=0), 50_000))
     began = time.perf_counter()
-    loader = make_loader(DecodingTest(index), cfg.workers, batch_size=64, sampler=samples,
-                         collate_fn=list)
+    loader = make_loader(samples, cfg.workers, batch_size=64,
+                         collate_fn=functools.partial(find_faults, index=index))
     skipped = Counter()
-    for reasons in tqdm(loader, "decoding", leave=False):
-        skipped.update(reason for reason in reasons if reason)
+    for faults in tqdm(loader, "decoding", leave=False):
+        skipped.update(fault for fault in faults if fault)
     seconds = time.perf_counter() - began
     print(json.dumps({"shards": len(index.shards), "samples": len(index) - skipped.total(),
                       "skipped": Counter(index.skipped) + skipped, "keys": index.extensions,
