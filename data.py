@@ -38,12 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from filelock import FileLock
-from typing import NamedTuple
-from concurrent.futures import ThreadPoolExecutor
-from common.cli import UserError, flag, check_ranges, parse_config, run
-from common.files import atomic_write, cache_folder, data_folder
-from common.distributed import usable_cores, cores_to_spare
+from filelock import FileLock  # a dependency of torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
@@ -608,6 +603,15 @@ def center_crop(image: Image.Image, size: int) -> torch.Tensor:
     image = cut_long_side(to_rgb(image))
     image = TF.resize(image, [size], TF.InterpolationMode.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
+
+
+def open_image(item) -> Image.Image:
+    """The RGB Pillow image of a gallery's item: a path, a (tar, offset, bytes) range, or a uint8
+    array (H, W, 3). Raises BadSample or OSError."""
+    if isinstance(item, np.ndarray):
+        return Image.fromarray(item)
+    content = item.read_bytes() if isinstance(item, Path) else read_range(*item)
+    return cut_long_side(TF.to_pil_image(decode_image(content)))
 
 
 # ---- python data.py PATH -------------------------------------------------------------------------

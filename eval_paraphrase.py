@@ -28,6 +28,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -40,13 +41,15 @@ import torch
 import torchvision
 from PIL import Image
 from torch.nn.functional import normalize
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-import data
-from data import UserError, fix_surrogates, flag
+from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.distributed import usable_cores
+from common.files import atomic_write, data_folder
+from data import IMAGE_TYPES, fix_surrogates, make_loader, open_image, scan_shard
 from paraclip import load_model
 
 
@@ -68,12 +71,12 @@ class EvalConfig:
     images: str = flag("", "folder of images or shards to search in")
     classnames: str = flag("", "class names, one per line, in the order of the sorted folders")
     templates: str = flag("", "prompts, one per line, with {} for the class name")
-    k: int = flag(10, "length of the compared lists", at_least=1)
-    seed: int = flag(0, "seed of the bootstrap and of the unrelated pairs", at_least=0)
+    k: int = flag(10, "length of the compared lists", low=1)
+    seed: int = flag(0, "seed of the bootstrap and of the unrelated pairs", low=0)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the towers run")
     precision: str = flag("fp32", "of the towers", choices=("fp32", "bf16"))
-    batch_size: int = flag(64, "images or texts at once", at_least=1)
-    workers: int = flag(min(8, data.usable_cores()), "processes that decode images", at_least=0)
+    batch_size: int = flag(64, "images or texts at once", low=1)
+    workers: int = flag(min(8, usable_cores()), "processes that decode images", low=0)
     # What is written.
     labels: list[str] = flag([], "names of the models in tables and figures")
     markdown: bool = flag(False, "print the table as Markdown")
@@ -95,7 +98,7 @@ def check_flags(cfg: EvalConfig):
     A flag without effect is not harmless: whoever gives it expects other numbers than those without
     it.
     """
-    data.check_ranges(cfg)
+    check_ranges(cfg)
     given = [task.flag for task in TASKS if getattr(cfg, task.flag)]
     searching = [task.flag for task in TASKS if task.gallery == "images"]
     require(bool(cfg.query) == bool(cfg.paraphrase), "--query and --paraphrase belong together")
@@ -559,7 +562,7 @@ def embed_images(model, gallery: dict, cfg: EvalConfig) -> Images:
             features = encode(model.encode_image, names, len(names))
         return Images(names, rows_by_name(names), features)
     readable, features, skipped = [], [], []
-    loader = data.image_loader(gallery, model.preprocess, cfg.batch_size, cfg.workers)
+    loader = image_loader(gallery, model.preprocess, cfg.batch_size, cfg.workers)
     for indices, batch, failed in tqdm(loader, "images", leave=False, disable=None):
         readable += indices
         skipped += [f"{names[index]}: {reason}" for index, reason in failed]
@@ -586,6 +589,68 @@ def rows_by_name(names: list[str]) -> dict[str, int]:
         if uses[Path(name).name] == 1:
             rows.setdefault(Path(name).name, row)
     return rows
+
+
+# ---- galleries: the images of an evaluation ------------------------------------------------------
+# A gallery is a dict {name: item} in ranking order. An item is the path of an image file, a (tar,
+# offset, bytes) range of a shard, or a uint8 array (H, W, 3) that is in memory already.
+def list_gallery(folder) -> dict:
+    """The gallery of a folder: the images in its .tar shards by key, in storage order; or else
+    every image file below it that is not hidden, named and sorted by its path in the folder."""
+    folder = Path(folder)
+    from_shards, skipped = {}, Counter()
+    for shard in sorted(folder.glob("*.tar")):
+        members, shard_skipped, _ = scan_shard(shard)
+        skipped += shard_skipped
+        for key, extension, offset, size in members:
+            if extension not in IMAGE_TYPES:
+                continue
+            if key in from_shards:
+                skipped["duplicate key"] += 1
+            else:
+                from_shards[key] = (str(shard), offset, size)
+    if skipped:
+        print(f"{folder}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
+
+    files, visited = {}, set()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        # Through links a folder may hold itself.
+        if os.path.realpath(parent) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        subfolders[:] = [name for name in sorted(subfolders) if not name.startswith(".")]
+        for name in names:
+            extension = name.rpartition(".")[2].lower()
+            if not name.startswith(".") and extension in (*IMAGE_TYPES, "bmp"):
+                path = Path(parent, name)
+                files[path.relative_to(folder).as_posix()] = path
+
+    if from_shards and files:
+        raise UserError(f"{folder} holds {len(from_shards)} images in .tar shards and {len(files)} "
+                        "image files beside them: give a folder with one or the other")
+    if not from_shards and not files:
+        raise UserError(f"{folder}: no such folder, or no image in it or below")
+    return from_shards or dict(sorted(files.items()))
+
+
+def collate_images(items: list, preprocess):
+    indices, images, failed = [], [], []
+    for i, item in items:
+        try:
+            images.append(preprocess(open_image(item)))
+            indices.append(i)
+        except Exception as error:
+            # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
+            failed.append((i, str(error) or type(error).__name__))
+    return indices, default_collate(images) if images else None, failed
+
+
+def image_loader(gallery: dict, preprocess, batch_size: int, workers: int) -> DataLoader:
+    """Iterates over a gallery: (indices, batch of preprocess(image), or None if all failed,
+    [(index, reason it failed)])."""
+    return make_loader(list(enumerate(gallery.values())), workers, batch_size=batch_size,
+                       collate_fn=functools.partial(collate_images, preprocess=preprocess))
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
@@ -796,7 +861,7 @@ def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int], st
         classnames, names_from = dataset.classes, "torchvision"
     else:
         folder = Path(root).expanduser() / "val" if kind == "imagenet" else source
-        gallery = data.list_gallery(folder)
+        gallery = list_gallery(folder)
         # Images that lie beside the class folders belong to no class.
         gallery = {name: item for name, item in gallery.items() if "/" in name}
         classnames = sorted({name.split("/")[0] for name in gallery})
@@ -1201,7 +1266,7 @@ def choose_benchmark(cfg: EvalConfig):
         from demo.emoji_scenes import emoji_folder
         folder = Path(emoji_folder(), cfg.split)
     else:
-        folder = data.data_folder(cfg.benchmark) / cfg.split
+        folder = data_folder(cfg.benchmark) / cfg.split
     require(folder.is_dir(), f"--benchmark {cfg.benchmark}: there is no folder {folder}")
     cfg.images, cfg.pairs = str(folder), [str(folder / "pairs.jsonl")]
     for name in ("zeroshot", "captions"):
@@ -1211,7 +1276,7 @@ def choose_benchmark(cfg: EvalConfig):
 
 def read_gallery(cfg: EvalConfig, tasks: list) -> dict:
     """The images of --images. Pairs are searched in all, other tasks in those that they name."""
-    gallery = data.list_gallery(cfg.images)
+    gallery = list_gallery(cfg.images)
     named = {name for task in tasks for name in task.names}
     if not (cfg.pairs or cfg.query):
         # 500 labelled images of a folder of 100,000 are no reason to encode all of them.
@@ -1365,7 +1430,7 @@ def print_table(columns: list[Column], markdown: bool):
 # ---- main ----------------------------------------------------------------------------------------
 def main(argv=None):
     """Measures every model, prints a table and JSON, then writes the files that are asked for."""
-    cfg = data.parse_config(EvalConfig, argv)
+    cfg = parse_config(EvalConfig, argv)
     check_flags(cfg)
     models = cfg.models or ["runs/emoji-align"]
     require(cfg.models or Path(models[0]).exists(),
@@ -1441,10 +1506,10 @@ def main(argv=None):
     print_table(columns, cfg.markdown)
     print(json.dumps(reports), flush=True)
     if cfg.json:
-        with data.atomic_write(cfg.json) as file:
+        with atomic_write(cfg.json) as file:
             file.write(json.dumps(reports, indent=1).encode() + b"\n")
     if cfg.details:
-        with data.atomic_write(cfg.details) as file:
+        with atomic_write(cfg.details) as file:
             for record in itertools.chain(*details.values()):
                 file.write(json.dumps(record).encode() + b"\n")
     if cfg.figure:
@@ -1459,4 +1524,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -119,8 +119,8 @@ class Config:
 def run_name(data: str) -> str:
     """A name for what --data says: "emoji" -> emoji, "a/laion/{00..41}.tar" -> laion."""
     path = Path(data).resolve()
-    # Without the characters of globs and ranges; if nothing is left, the folder's name.
-    return re.sub(r"[^\w.-]|\{.*\}", "", path.stem) or path.parent.name
+    # Without ranges and the characters of globs; if nothing is left, the folder's name.
+    return re.sub(r"\{.*\}|[^\w.-]", "", path.stem) or path.parent.name
 
 
 # The defaults above are the emoji recipe. The cc12m recipe takes batch size, epochs, learning

@@ -24,7 +24,8 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFont
 
-from data import UserError, data_folder
+from common.cli import UserError
+from common.files import data_folder
 
 
 # ---- names and second names ----------------------------------------------------------------------

@@ -11,7 +11,8 @@ README on a light or dark page.
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import BadSample, atomic_write, open_image
+from common.files import atomic_write
+from data import BadSample, open_image
 
 WIDTH, MARGIN = 1280, 44
 COLUMNS, THUMB, GAP, TEXT_WIDTH = 5, 164, 22, 266
@@ -107,7 +108,7 @@ def choose_pair(details: dict[str, list[dict]]) -> tuple[int, str]:
 
 
 def draw_pair(path, gallery: dict, details: dict[str, list[dict]], k: int):
-    """Writes the PNG of one pair. gallery: {image name: item}, see data.list_gallery."""
+    """Writes the PNG of one pair. gallery: {image name: item}, see open_image."""
     index, rule = choose_pair(details)
     block = 2 * (THUMB + GAP) + 84
     card = Card(MARGIN + len(details) * block + 260)

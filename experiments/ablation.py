@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-import data
-from data import UserError, flag
+from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.distributed import usable_cores
+from common.files import atomic_write, data_folder
 from demo.emoji_scenes import emoji_folder
 from experiments.where_lost import search_captions, text_columns, without_training
 
@@ -30,15 +31,15 @@ from experiments.where_lost import search_captions, text_columns, without_traini
 ROWS = {
     "scratch": ["paraclip.py", "--text", "scratch"],
     "finetune": ["paraclip.py", "--text", "finetune"],
-    "frozen": ["paraclip.py", "--text", "frozen"],
+    "frozen": ["paraclip.py", "--text", "frozen", "--pool", "mean"],
     "align": ["paraclip.py", "--text", "align"],
-    "geometry": ["paraclip.py", "--text", "align", "--geometry", "2"],
+    "geometry": ["experiments/geometry.py", "--text", "align", "--weight", "2"],
     # For data with several captions for each image.
     "scratch-second": ["experiments/second_caption.py", "--text", "scratch"],
     "finetune-second": ["experiments/second_caption.py", "--text", "finetune"],
-    "frozen-second": ["experiments/second_caption.py", "--text", "frozen"],
+    "frozen-second": ["experiments/second_caption.py", "--text", "frozen", "--pool",
+                      "mean"],
     "align-second": ["experiments/second_caption.py", "--text", "align"],
-    "geometry-second": ["experiments/second_caption.py", "--text", "align", "--geometry", "2"],
 }
 DEFAULT_ROWS = ["scratch", "finetune", "frozen", "align", "geometry"]
 # What stands after -- must not change what makes a row, a seed and a run folder.
@@ -61,7 +62,6 @@ SETTINGS = {
         "finetune-second": ["--steps", "200"],
         "frozen-second": ["--steps", "330"],
         "align-second": ["--steps", "400"],
-        "geometry-second": ["--steps", "400"],
     },
 }
 
@@ -79,11 +79,11 @@ class AblationConfig:
     out: str = flag("", "folder of the run folders (default: runs/ablation-<data>)")
     equal_time: bool = flag(False, "also train each row for as long as align takes")
     where_lost: bool = flag(False, "also let the text towers search captions instead of images")
-    jobs: int = flag(1, "trainings at once, each with one thread on a core of its own", at_least=1)
+    jobs: int = flag(1, "trainings at once, each with one thread on a core of its own", low=1)
     json: str = flag("", "file for the JSON that also ends the output")
 
     def __post_init__(self):
-        data.check_ranges(self)
+        check_ranges(self)
         self.rows = self.rows or DEFAULT_ROWS
         self.seeds = self.seeds or ["0", "1", "2"]
         self.out = self.out or f"runs/ablation-{Path(self.data).name}"
@@ -99,7 +99,7 @@ class AblationConfig:
 
     def folder(self) -> Path:
         """The folder of the benchmark. The emoji scenes are drawn the first time."""
-        return emoji_folder() if self.data == "emoji" else data.data_folder(self.data)
+        return emoji_folder() if self.data == "emoji" else data_folder(self.data)
 
 
 # ---- train and measure ---------------------------------------------------------------------------
@@ -185,8 +185,8 @@ def complete(cfg: AblationConfig, measured: dict, extra: list[str],
     if cfg.jobs > 1:
         if not hasattr(os, "sched_setaffinity"):
             raise UserError(f"--jobs {cfg.jobs} needs Linux, where a program can be given a core")
-        if cfg.jobs > data.usable_cores():
-            raise UserError(f"--jobs {cfg.jobs}: there are only {data.usable_cores()} cores")
+        if cfg.jobs > usable_cores():
+            raise UserError(f"--jobs {cfg.jobs}: there are only {usable_cores()} cores")
         cores = sorted(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -338,7 +338,7 @@ def split_argv(argv) -> tuple[list[str], list[str]]:
 
 def main(argv=None):
     own_flags, extra = split_argv(argv)
-    cfg = data.parse_config(AblationConfig, own_flags)
+    cfg = parse_config(AblationConfig, own_flags)
     measured = measurements(cfg)
     runs = {"results": complete(cfg, measured, extra, {})}
     if cfg.equal_time:
@@ -373,10 +373,10 @@ def main(argv=None):
     if cfg.jobs > 1:
         print(f"\nSeconds are those of {cfg.jobs} trainings at once, on a core each.")
     if cfg.json:
-        with data.atomic_write(cfg.json) as file:
+        with atomic_write(cfg.json) as file:
             file.write(json.dumps(tables, indent=1).encode() + b"\n")
     print(json.dumps(tables))
 
 
 if __name__ == "__main__":
-    data.run(main)
+    run(main)

@@ -13,7 +13,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import UserError, atomic_write, flag, parse_config, run
+from common.cli import UserError, flag, parse_config, run
+from common.files import atomic_write
 from experiments.ablation import (AblationConfig, average, columns, complete, measurements,
                                   read_report, split_argv, steps_within, training_seconds)
 

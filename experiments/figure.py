@@ -1,7 +1,7 @@
 """The README's figure: what two models find for a query and for its paraphrase.
 
     python -m experiments.figure runs/ablation-emoji/scratch-0 runs/ablation-emoji/align-0 \\
-        --labels "CLIP-style text tower" "frozen language model + alignment" \\
+        --labels "same architecture, from scratch" "frozen language model + alignment" \\
         --only "a bicycle" --figure assets/figure.png
 
 Draws a gallery in which every query has six correct images: each emoji that has a synonym stands
@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 
 import eval_paraphrase
-from data import atomic_write, run
+from common.cli import run
+from common.files import atomic_write
 from demo.emoji_scenes import (caption_of, draw_glyphs, draw_scene, emoji_names, rephrase)
 
 SCENES_PER_EMOJI = 6

@@ -46,7 +46,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data import UserError, check_ranges, data_folder, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.files import data_folder
 from demo.emoji_scenes import add_member
 
 SHARD_SIZE = 2_000  # images a tar

@@ -37,15 +37,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-import paraclip
-from data import UserError, flag, parse_config, run
-from paraclip import (RECIPES, Config, all_gather_object, backward, build, default_precision,
-                      make_optimizers, open_batches, open_index, setup_distributed, update)
+from common import distributed
+from common.cli import UserError, flag, parse_config, run
+from common.distributed import all_gather_object, setup_distributed
+from data import Batch, training_loader
+from paraclip import (RECIPES, Config, Contrastive, build, forward_backward, keep_lm_states,
+                      make_optimizers, open_index, optimizer_step)
 
 
 @dataclass
 class SpeedConfig(Config):
-    steps: int = flag(30, "steps that are timed, or 4 x --workers if that is more", at_least=1)
+    steps: int = flag(30, "steps that are timed, or 4 x --workers if that is more", low=1)
     profile: bool = flag(False, "also print the ten operations that take longest in a step")
     memory: bool = flag(False, "count memory by ranks and --accum, measure no time")
 
@@ -123,37 +125,41 @@ def pair_flops(model, micro_batches) -> tuple[float, float]:
 # ---- the measurement -----------------------------------------------------------------------------
 def measure(cfg: SpeedConfig) -> dict:
     """The report on one configuration. Captions are this rank's, times the slowest rank's."""
-    cfg.precision = cfg.precision or default_precision()
     index = open_index(cfg)
-    _, ranks, device = setup_distributed()
+    rank, ranks, device = setup_distributed()
     if cfg.batch_size % (ranks * cfg.accum) or cfg.batch_size > len(index):
         raise UserError(f"--batch-size {cfg.batch_size} must be a multiple of ranks x --accum = "
                         f"{ranks} x {cfg.accum}, and at most the {len(index)} samples of the set")
     model, parallel, optimizers = build(cfg, device)
     # More steps than are ever taken.
-    batches = open_batches(cfg, index, model, 0, 1 << 40)
-    micro_batches, all_captions, _ = next(batches)
+    tokenize = model.tokenize
+    if cfg.cache_lm and model.text_tower.frozen:
+        tokenize = keep_lm_states(model, index)
+    objective = Contrastive(cfg, model, index, tokenize)
+    batches = iter(training_loader(index, cfg, 0, 1 << 40, rank, ranks, tokenize, objective,
+                                   distributed.ON_GPU))
+    batch = next(batches)
     waited = []
     fetcher = ThreadPoolExecutor(1)
 
     def step():
         # As in training, a thread fetches the next batch while this one is computed.
-        nonlocal micro_batches, all_captions
+        nonlocal batch
         upcoming = fetcher.submit(next, batches)
-        loss, _ = backward(parallel, cfg, micro_batches, all_captions)
-        update(model, optimizers, 0.1)
+        loss, _ = forward_backward(parallel, objective, batch)
+        optimizer_step(model, optimizers, 0.1)
         loss.item()
         began = time.perf_counter()
-        micro_batches, all_captions, _ = upcoming.result()
+        batch = upcoming.result()
         waited.append(time.perf_counter() - began)
 
     def image_tower():
-        for images, _ in micro_batches:
+        for images, _ in batch.micro_batches:
             model.encode_image(images).sum().backward()
         model.zero_grad()
 
     def text_tower():
-        for _, text in micro_batches:
+        for _, text in batch.micro_batches:
             model.encode_text(text).sum().backward()
         model.zero_grad()
 
@@ -180,11 +186,9 @@ def measure(cfg: SpeedConfig) -> dict:
         with torch.profiler.profile() as profiler:
             timed(step, 3)
         print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=10))
-    # Its workers would take time from what follows.
     fetcher.shutdown()
-    batches.close()
 
-    image, text = pair_flops(model, micro_batches)
+    image, text = pair_flops(model, batch.micro_batches)
     product = min(all_gather_object(product_rate(device, model.bf16)))
     local_batch = cfg.batch_size / ranks
     rows = {}
@@ -201,7 +205,7 @@ def measure(cfg: SpeedConfig) -> dict:
             if model.bf16 and name in DATA_SHEET:
                 rows[row]["of_data_sheet"] = rate / DATA_SHEET[name]
     masks = []
-    for _, token_batches in micro_batches:
+    for _, token_batches in batch.micro_batches:
         masks += [tokens["attention_mask"] for tokens in token_batches]
     tokens = sum(mask.sum().item() for mask in masks)
     places = sum(mask.numel() for mask in masks)
@@ -270,8 +274,9 @@ def make_fake(model: nn.Module, mode: FakeTensorMode):
 
 def fake_model(cfg: SpeedConfig, mode: FakeTensorMode):
     """The model of a configuration, as on a GPU, in fake tensors."""
-    paraclip.FUSED_ATTENTION = paraclip.LAYERNORM_IN_BF16 = paraclip.CAST_FROZEN_LM = True
+    distributed.ON_GPU = True
     model, _, _ = build(cfg, torch.device("cpu"))
+    distributed.ON_GPU = False
     make_fake(model, mode)
     return model
 
@@ -291,6 +296,7 @@ def count_memory(cfg: SpeedConfig, model, mode: FakeTensorMode, ranks: int, accu
     if ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     optimizers = make_optimizers(model, cfg)
+    objective = Contrastive(cfg, model, None, None)
     counter = MemoryCounter()
     with mode:
         micro_batches = []
@@ -308,8 +314,8 @@ def count_memory(cfg: SpeedConfig, model, mode: FakeTensorMode, ranks: int, accu
         # The second step finds the optimizers' states, which the first makes.
         with counter:
             for _ in range(2):
-                backward(model, cfg, micro_batches)
-                update(model, optimizers, 0.1)
+                forward_backward(model, objective, Batch(micro_batches, None, {}))
+                optimizer_step(model, optimizers, 0.1)
     if ranks > 1:
         dist.destroy_process_group()
     return {"ranks": ranks, "accum": accum, "weights_gb": weight_bytes / 1e9,
