@@ -18,8 +18,8 @@ from PIL import Image
 import data
 import eval_paraphrase
 import paraclip
-from data import UserError
-from experiments import ablation, curve, flickr8k, second_caption, speed, where_lost
+from common.cli import UserError, parse_config
+from experiments import ablation, curve, flickr8k, speed, where_lost
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
@@ -324,80 +324,6 @@ def test_caption_search_matches_plain_numpy(benchmark):
     assert found["AO@10 order, captions"] == pytest.approx(100 * overlap)
 
 
-# ---- a second caption ----------------------------------------------------------------------------
-def test_second_captions_are_of_the_same_images():
-    captions = {i: [f"{'long ' * (9 - i)}{i} {letter}" for letter in "abc"] for i in range(6)}
-    samples = [(torch.full((3, 2, 2), i), captions[i][1], captions[i], "") for i in range(6)]
-    batch = second_caption.collate_two_captions(samples, 1, lambda texts: texts, False)
-    [(images, token_batches)], _, _ = batch
-    texts = [text for tokens in token_batches for text in tokens]
-    assert len(texts) == 12
-    for image, first, second in zip(images, texts[:6], texts[6:]):
-        i = int(image[0, 0, 0])
-        assert first == captions[i][1] and second in (captions[i][0], captions[i][2])
-    with pytest.raises(UserError, match="the only caption"):
-        second_caption.second_captions([(images[0], "a", ["a"], "")])
-
-
-def test_loss_of_two_captions_matches_plain_sums():
-    torch.manual_seed(0)
-    image, first, second = torch.nn.functional.normalize(torch.randn(3, 5, 8), dim=-1)
-
-    def clip_loss(a, b):
-        logits = 3.0 * a @ b.T
-        right = logits.diagonal()
-        return (2 * -right + logits.logsumexp(0) + logits.logsumexp(1)).mean() / 2
-
-    expected = (clip_loss(image, first) + clip_loss(image, second) + clip_loss(first, second)) / 3
-    loss, accuracy = second_caption.loss_of_two_captions(
-        image, torch.cat([first, second]), torch.tensor(3.0))
-    assert loss.item() == pytest.approx(expected.item())
-    nearest = (image @ first.T).argmax(1)
-    assert accuracy.item() == pytest.approx((nearest == torch.arange(5)).float().mean().item())
-
-
-def test_geometry_of_two_captions_is_the_mean_of_both():
-    torch.manual_seed(0)
-    image, first, second, lm = torch.nn.functional.normalize(torch.randn(4, 6, 8), dim=-1)
-    both = second_caption.geometry_loss_of_two_captions(image, torch.cat([first, second]), lm)
-    alone = [paraclip.geometry_loss(image, text, lm).item() for text in (first, second)]
-    assert both.item() == pytest.approx(sum(alone) / 2) and abs(alone[0] - alone[1]) > 0.01
-
-
-def count_rows(rows: list):
-    """encode_text that also notes the number of captions of each call."""
-    encode_text = paraclip.ParaCLIP.encode_text
-
-    def counted(model, text):
-        features = encode_text(model, text)
-        rows.append(len(features))
-        return features
-    return counted
-
-
-def test_a_run_with_two_captions(benchmark, lm, tmp_path, monkeypatch):
-    # main() replaces these; monkeypatch puts them back after the test.
-    monkeypatch.setattr(data, "collate", data.collate)
-    monkeypatch.setattr(paraclip, "contrastive_loss", paraclip.contrastive_loss)
-    monkeypatch.setattr(paraclip, "geometry_loss", paraclip.geometry_loss)
-    monkeypatch.setattr(paraclip, "open_index", paraclip.open_index)
-    argv = flags(**TINY | dict(lm=lm, text="finetune", data=benchmark / "train",
-                               out=tmp_path / "run"))
-    with pytest.raises(UserError, match="without --accum"):
-        second_caption.main([*argv, "--accum", "2"])
-    # The geometry term asks for the features of all captions of each image, too.
-    second_caption.main([*argv, "--text", "align", "--geometry", "2", "--out", f"{tmp_path}/geo"])
-    rows = []
-    monkeypatch.setattr(paraclip.ParaCLIP, "encode_text", count_rows(rows))
-    second_caption.main(argv)
-    assert rows == [2 * TINY["batch_size"]] * TINY["steps"]
-    paraclip.load_model(tmp_path / "run")
-    # A run goes on with two captions only.
-    monkeypatch.setattr(paraclip, "open_index", second_caption.open_plain_index)
-    with pytest.raises(UserError, match="other data"):
-        paraclip.main([*argv, "--steps", "3"])
-
-
 # ---- speed ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, passes", [("align", 1), ("finetune", 3)])
 def test_flops_are_those_counted_by_hand(lm, text, passes):
@@ -421,7 +347,7 @@ def test_flops_are_those_counted_by_hand(lm, text, passes):
 def measure_rank(rank: int, argv: list[str], port: int, queue):
     os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
-    queue.put(speed.measure(data.parse_config(speed.SpeedConfig, argv)))
+    queue.put(speed.measure(parse_config(speed.SpeedConfig, argv)))
 
 
 def test_speed_of_the_slower_rank_counts(benchmark, lm):
@@ -451,9 +377,7 @@ def test_memory_counter_follows_live_tensors():
     assert (counter.alive, counter.peak) == (0, 8000)
 
 
-def test_memory_falls_with_ranks_and_accum(lm, monkeypatch):
-    for name in ("FUSED_ATTENTION", "LAYERNORM_IN_BF16", "CAST_FROZEN_LM"):
-        monkeypatch.setattr(paraclip, name, False)  # so that its value is put back after the test
+def test_memory_falls_with_ranks_and_accum(lm):
     cfg = speed.SpeedConfig(**TINY | dict(lm=lm, batch_size=256, optimizer="adamw"))
     mode = speed.FakeTensorMode()
     model = speed.fake_model(cfg, mode)

@@ -7,9 +7,11 @@ much there was to lose. `python -m experiments.ablation --where-lost` prints bot
 
 from pathlib import Path
 
+from torch.nn.functional import normalize
+
 import data
 import eval_paraphrase as evaluation
-from paraclip import load_model
+from paraclip import load_model, masked_mean
 
 EMBED_CONFIG = evaluation.EvalConfig(batch_size=256)
 
@@ -55,8 +57,14 @@ def without_training(run: Path, split: Path, sts: str, triplets: list[str]) -> d
     """`overlap_by_kind` and the results on texts of a run's frozen language model alone, without
     alignment layers and projection."""
     model = load_model(run)
+
+    def encode_lm(captions):
+        tokens = model.tokenize(captions)
+        states = model.text_tower.lm_states(tokens)
+        return normalize(masked_mean(states, tokens["attention_mask"]), dim=-1)
+
     # All that follows asks for encode_text, and now gets the language model's own features.
-    model.encode_text = model.encode_lm
+    model.encode_text = encode_lm
     found = overlap_by_kind(model, split)
     cfg = evaluation.EvalConfig(sts=sts, triplets=triplets)
     results = {}

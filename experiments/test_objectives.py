@@ -1,0 +1,96 @@
+"""Tests of the objectives beyond the paper."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import paraclip
+from common.cli import UserError
+from data import Sample
+from experiments.geometry import Geometry, GeometryConfig, caption_centroids, geometry_loss
+from experiments.second_caption import SecondCaption
+from paraclip import Config, load_model
+from test_paraclip import (SENTENCES, TINY, build, check_gradients_on_ranks, lm, private_cache,
+                           write_list_shards)
+
+CASES = [dict(objective=Geometry, config=GeometryConfig, weight=0.7, accum=2),
+         dict(objective=SecondCaption, accum=2)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradients_on_many_processes_equal_one(lm, tmp_path, world_size):
+    check_gradients_on_ranks(world_size, lm, tmp_path, CASES)
+
+
+def test_geometry_loss_against_a_loop():
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 5, 3), dim=-1)
+    lm_features = F.normalize(torch.randn(5, 4), dim=-1)
+
+    def neighbours(queries, keys, i):
+        scores = [queries[i] @ keys[j] / 0.1 for j in range(5) if j != i]
+        return torch.stack(scores).softmax(0)
+
+    expected = 0.0
+    for i in range(5):
+        target = neighbours(lm_features, lm_features, i)
+        for weight, queries, keys in ((1, text, text), (0.5, image, text), (0.5, text, image)):
+            log_ratio = (target / neighbours(queries, keys, i)).log()
+            expected += weight * (target * log_ratio).sum().item() / 5
+    assert geometry_loss(image, text, lm_features).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_caption_centroids_against_a_loop(lm):
+    model = build(lm)
+    centroids = caption_centroids(model, SENTENCES, model.tokenize)
+    for number in (0, 5, 63):
+        mean = torch.zeros(32)
+        for caption in SENTENCES[number]:
+            tokens = model.tokenize([caption])
+            mean += F.normalize(model.text_tower.lm_states(tokens)[0].mean(0), dim=-1).detach()
+        assert torch.allclose(centroids[number], mean / mean.norm(), atol=1e-5)
+
+
+def test_loss_of_two_captions_matches_plain_sums():
+    torch.manual_seed(0)
+    image, first, second = F.normalize(torch.randn(3, 5, 8), dim=-1)
+
+    def clip_loss(a, b):
+        logits = 3.0 * a @ b.T
+        right = logits.diagonal()
+        return (2 * -right + logits.logsumexp(0) + logits.logsumexp(1)).mean() / 2
+
+    expected = (clip_loss(image, first) + clip_loss(image, second) + clip_loss(first, second)) / 3
+    side_by_side = torch.stack([first, second], dim=1).flatten(0, 1)
+    objective = SecondCaption(Config(), None, None, None)
+    loss, _ = objective.loss(image, side_by_side, torch.tensor(3.0), None)
+    assert loss.item() == pytest.approx(expected.item())
+
+
+def test_second_captions_are_of_the_same_images():
+    objective = SecondCaption(Config(), None, None, None)
+    samples = [Sample(None, f"{i} b", [f"{i} {letter}" for letter in "abc"], 0, i, "")
+               for i in range(6)]
+    captions = objective.captions(samples)
+    for i in range(6):
+        assert captions[2 * i] == f"{i} b" and captions[2 * i + 1] in (f"{i} a", f"{i} c")
+    # The draw does not depend on the neighbours in the batch.
+    assert objective.captions(samples[3:]) == captions[6:]
+    with pytest.raises(UserError, match="the only caption"):
+        objective.captions([Sample(None, "a", ["a"], 0, 0, "")])
+
+
+@pytest.mark.parametrize("objective, config", [
+    (Geometry, GeometryConfig), (SecondCaption, Config)])
+def test_an_objective_trains_and_loads(lm, tmp_path, objective, config):
+    folder = write_list_shards(tmp_path / "s", 40)
+    fields = TINY | dict(data=folder, lm=lm, out=str(tmp_path / "run"))
+    paraclip.train(config(**fields), objective)
+    assert load_model(tmp_path / "run").encode_text(["a dog"]).shape == (1, 16)
+    with pytest.raises(UserError):
+        paraclip.train(Config(**fields))
+
+
+def test_geometry_needs_a_frozen_language_model():
+    with pytest.raises(UserError, match="--text scratch"):
+        GeometryConfig(text="scratch")
