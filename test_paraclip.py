@@ -2153,7 +2153,7 @@ def test_classes_come_from_folders(tmp_path):
 
 def test_imagenet_has_torchvisions_names(monkeypatch):
     gallery = {f"n{i:08}/x.JPEG": None for i in range(1000)}
-    monkeypatch.setattr(data, "list_gallery", lambda folder: gallery)
+    monkeypatch.setattr(ev, "list_gallery", lambda folder: gallery)
     _, names, labels, names_from = ev.read_class_folders("imagenet:ROOT")
     assert (names[0], names[-1], len(labels)) == ("tench", "toilet tissue", 1000)
     assert names_from == "torchvision"
@@ -2283,7 +2283,7 @@ def test_overlap_equals_the_librarys(cd, capsys, kind):
         options |= dict(padding="max_length", return_attention_mask=False)
 
     images = []
-    for item in data.list_gallery("readable").values():
+    for item in ev.list_gallery("readable").values():
         pixels = processor.image_processor(data.open_image(item), return_tensors="pt")
         images.append(model.get_image_features(**pixels).pooler_output[0].double())
     images = F.normalize(torch.stack(images), dim=-1)
@@ -2313,7 +2313,7 @@ def exported(inputs) -> dict:
     """The features of clip, also in vectors.npz."""
     model = ev.open_model(str(inputs / "clip"), ev.EvalConfig(device="cpu"))
     cfg = ev.EvalConfig(workers=0)
-    images = ev.embed_images(model, data.list_gallery(inputs / "readable"), cfg)
+    images = ev.embed_images(model, ev.list_gallery(inputs / "readable"), cfg)
     texts = set()
     for item in json.loads((inputs / "triplets.json").read_text()):
         texts |= {item["caption"], item["caption2"]}
@@ -2565,7 +2565,7 @@ def test_what_is_left_out_is_said(cd, capsys):
 def test_models_on_other_images_are_uncompared(cd, capsys, tmp_path):
     # Lists name all images, also the one that clip cannot read.
     items = json.loads(Path("triplets.json").read_text())
-    names = sorted(data.list_gallery("images"))
+    names = sorted(ev.list_gallery("images"))
     write_lists(tmp_path / "x.jsonl", {
         item[field]: names for item in items for field in ("caption", "caption2")})
     call(ev, "clip", tmp_path / "x.jsonl", *PAIRS)
@@ -2622,7 +2622,7 @@ def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
 def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", path)
-    monkeypatch.setattr(data, "atomic_write", full)
+    monkeypatch.setattr(ev, "atomic_write", full)
     with pytest.raises(SystemExit):
         call(ev, "clip", *PAIRS, "--json", "x.json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["pairs"] == 15

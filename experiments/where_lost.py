@@ -7,9 +7,11 @@ much there was to lose. `python -m experiments.ablation --where-lost` prints bot
 
 from pathlib import Path
 
-from torch.nn.functional import normalize
+
 
 import data
+from torch.nn.functional import normalize
+
 import eval_paraphrase as evaluation
 from paraclip import load_model, masked_mean
 
