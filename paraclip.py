@@ -23,7 +23,6 @@ import math
 import os
 import re
 import signal
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import mean_over_ranks, rank_and_world_size
 from common.run_folder import StopSignals, open_run_folder, read_checkpoint
 from data import (BadSample, ShardIndex, center_crop, fix_surrogates, read_ahead, training_loader)
@@ -755,8 +754,7 @@ def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
         raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
                         f"step of --batch-size {cfg.batch_size}")
     if cfg.warmup >= steps and rank_and_world_size()[0] == 0:
-        print(f"note: the warm-up ({cfg.warmup} steps) is longer than the run ({steps} steps)",
-              file=sys.stderr)
+        note(f"the warm-up ({cfg.warmup} steps) is longer than the run ({steps} steps)")
 
 
 def build(cfg: Config, device: torch.device):
@@ -958,8 +956,8 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
     """Loads all trained weights, and the optimizers' states. Raises UserError unless each weight
     fits, and unless the language model is the one that the run was trained on."""
     if model.text_tower.lm_hash != checkpoint["lm"]["sha256"]:
-        raise UserError(f"the checkpoint belongs to another version of the language model "
-                        f"{checkpoint['lm']['name']}")
+        raise UserError(f"the language model is not {checkpoint['lm']['name']} as it was in "
+                        "training: its words, configuration or weights have changed")
     weights = trained_weights(model)
     if weights.keys() != checkpoint["model"].keys() or any(
             p.shape != checkpoint["model"][name].shape for name, p in weights.items()):

@@ -1,6 +1,8 @@
 """Command lines: flags made from a dataclass, and errors that end in one line."""
 
 import argparse
+import contextlib
+import functools
 import math
 import os
 import sys
@@ -9,6 +11,14 @@ from dataclasses import MISSING, field, fields
 
 class UserError(ValueError):
     """A mistake that a user can correct: the programs print it as one line, without a traceback."""
+
+
+@functools.cache
+def note(text: str):
+    """Prints a line on stderr, once however often it is called."""
+    # stderr may lie on the full disk that the note is about.
+    with contextlib.suppress(OSError):
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positional=False):

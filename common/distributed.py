@@ -1,14 +1,11 @@
 """The processes of a training, called ranks, and the machine that each of them runs on."""
 
 import ctypes
-import inspect
 import os
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from common.cli import UserError
 
 # Read when it is used, so that a test can set it.
 ON_GPU = torch.cuda.is_available()
@@ -63,29 +60,16 @@ def mean_over_ranks(*values) -> list[float]:
     return means.tolist()
 
 
-def check_same_everywhere(settings: dict):
-    """Raises UserError if a setting differs between ranks."""
-    of_ranks = all_gather_object(settings)
-    for rank, theirs in enumerate(of_ranks):
-        for name, value in of_ranks[0].items():
-            if theirs.get(name) != value:
-                raise UserError(
-                    f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 has {value!r}: start "
-                    "all ranks with the same flags, files and kind of machine")
-
-
 def data_parallel(model: nn.Module) -> nn.Module:
     """The model as DistributedDataParallel, which averages gradients over ranks; the model itself
     without torchrun."""
     if not dist.is_initialized():
         return model
-    ddp = nn.parallel.DistributedDataParallel
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     # The buffers are constants, so there is nothing to broadcast before each forward pass. The
-    # argument has another name since torch 2.14.
-    argument = "broadcast_buffers"
-    if "forward_sync_buffers" in inspect.signature(ddp).parameters:
-        argument = "forward_sync_buffers"
-    return ddp(model, gradient_as_bucket_view=True, **{argument: False})
+    # argument for this has another name since torch 2.14, the attribute has not.
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 # ---- the machine ---------------------------------------------------------------------------------
