@@ -1599,6 +1599,18 @@ def test_settings_of_speed_change_no_result(lm, tmp_path, monkeypatch, fields):
         assert torch.allclose(weights[name], expected[name], atol=2e-4), name
 
 
+def test_kept_states_reach_workers_of_a_forkserver(lm, tmp_path):
+    """A forkserver, Python 3.14's default, takes some 250 file descriptors: not one a caption."""
+    folder = write_shards(tmp_path / "s", [440])
+    expected = train(lm, folder, tmp_path / "expected")
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        run = train(lm, folder, tmp_path / "run", workers=1)
+    finally:
+        multiprocessing.set_start_method(None, force=True)
+    assert same(read_weights(run)["model"], read_weights(expected)["model"])
+
+
 def test_keep_every_keeps_checkpoints(lm, tmp_path):
     out = train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", keep_every=2,
                 save_every=1)
