@@ -14,6 +14,12 @@ The file goes from the settings to the image tower, the text tower, both togethe
 step and the training loop; how the language model is loaded comes last.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import hashlib
@@ -22,7 +28,6 @@ import json
 import math
 import os
 import re
-import signal
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -814,6 +819,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
         check_lm(lm.eval(), tokenizer)
     # Hub, files, configurations and safetensors raise a dozen types of error here.
     except Exception as error:
+        if not os.path.exists(path):
+            error = f"there is no such folder; as a name on the Hugging Face hub: {error}"
         raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import os
+import signal
 import sys
 from dataclasses import MISSING, field, fields
 
@@ -89,9 +90,21 @@ def parse_config(cls, argv=None, recipes={}):
     return cls(**{**recipe, **given})
 
 
+# torch raises these as RuntimeErrors. {what their text contains: what is printed, "" for the text}
+ENVIRONMENT_ERRORS = {
+    "by peer": "another rank ended; see its message",
+    "shared memory": "/dev/shm is too small for loader workers: in Docker give --ipc=host; "
+                     "--workers 0 needs none",
+    "DataLoader worker (pid": "",
+    "out of memory": "",
+    "allocate memory": ""}
+
+
 def run(program):
     """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
     Ctrl-C in status 130, a bug in a traceback."""
+    # A program may have let Ctrl-C end its imports without one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2
     try:
         program()
@@ -106,11 +119,10 @@ def run(program):
     except MemoryError:
         message = "out of memory"
     except RuntimeError as error:
-        # torch has no class of its own for a dead worker, or for a full memory of the CPU.
-        message = str(error)
-        user_causes = ["DataLoader worker (pid", "out of memory", "allocate memory"]
-        if not any(cause in message for cause in user_causes):
+        known = [line for text, line in ENVIRONMENT_ERRORS.items() if text in str(error)]
+        if not known:
             raise
+        message = known[0] or str(error)
     # An error in a loader worker arrives as the text of its traceback, whose last line tells.
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].rpartition("UserError: ")[2]

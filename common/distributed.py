@@ -7,17 +7,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from common.cli import UserError
+
 # Read when it is used, so that a test can set it.
 ON_GPU = torch.cuda.is_available()
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). A process group only under torchrun: NCCL on GPUs, else gloo."""
+    """(rank, world size, device). A process group only under torchrun: NCCL on GPUs, else gloo.
+
+    Raises UserError if something else has started several processes, each of which would train.
+    """
     if "RANK" in os.environ:
         if ON_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise UserError(f"RANK is set, but torchrun has not started this process: {error}; "
+                            "unset RANK, or start with torchrun") from None
         # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
         # would read the addresses of ranks that have died, and hang. (Each node counts its own
         # restarts: see README for several nodes.)
@@ -25,6 +34,9 @@ def setup_distributed() -> tuple[int, int, torch.device]:
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,
                                 world_size=world_size)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun has started several tasks, and each would train alone: let it start "
+                        "torchrun, once on each node (see docs/speed.md)")
     return *rank_and_world_size(), torch.device("cuda" if ON_GPU else "cpu")
 
 
