@@ -27,7 +27,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 from argparse import Namespace
@@ -54,7 +53,7 @@ import paraclip
 from common import distributed, run_folder
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import rank_and_world_size
-from common.files import atomic_write, cache_folder
+from common.files import atomic_write
 from common.run_folder import StopSignals
 from data import BadSample, Batch, Sample, ShardIndex, collate
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
@@ -726,13 +725,6 @@ def test_a_full_disk_keeps_the_former_file(tmp_path, monkeypatch):
         with atomic_write(tmp_path / "x.json") as file:
             file.write(b"new")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"former"]
-
-
-def test_without_home_the_cache_is_temporary(tmp_path, monkeypatch):
-    monkeypatch.delenv("PARACLIP_CACHE")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    assert cache_folder() == tmp_path / f"paraclip-{os.getuid()}"
 
 
 # ---- data.py: shards and their index -------------------------------------------------------------

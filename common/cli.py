@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import copy
 import functools
 import math
 import os
 import signal
 import sys
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 
 
 class UserError(ValueError):
@@ -27,10 +28,10 @@ def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positiona
 
     A number must be within low .. high; "" stands for "not given" and passes beside the choices.
     """
-    rules = dict(help=help, choices=choices, low=low, high=high, positional=positional)
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=rules)
-    return field(default=default, metadata=rules)
+    rules = dict(default=default, help=help, choices=choices, low=low, high=high,
+                 positional=positional)
+    # A copy, since a list would be shared by all instances.
+    return field(default_factory=lambda: copy.copy(default), metadata=rules)
 
 
 def flag_name(flag_field) -> str:
@@ -68,10 +69,7 @@ def parse_config(cls, argv=None, recipes={}):
     parser.error = refuse
     for flag_field in fields(cls):
         rules = flag_field.metadata
-        default = flag_field.default
-        if default is MISSING:
-            default = flag_field.default_factory()
-        help = rules["help"]
+        default, help = rules["default"], rules["help"]
         if default not in ("", []):
             help += f" (default: {default})"
         options = {"help": help.replace("%", "%%")}
@@ -80,9 +78,7 @@ def parse_config(cls, argv=None, recipes={}):
         elif isinstance(default, list):
             options["nargs"] = "*" if rules["positional"] else "+"
         else:
-            options["type"] = type(default)
-            if rules["choices"]:
-                options["choices"] = rules["choices"]
+            options.update(type=type(default), choices=rules["choices"] or None)
         name = flag_field.name if rules["positional"] else flag_name(flag_field)
         parser.add_argument(name, **options)
     given = vars(parser.parse_args(argv))

@@ -112,7 +112,6 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     # Other C libraries, such as that of macOS, have none.
     if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-        # The largest value that it accepts.
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        # malloc.h: -1 is M_TRIM_THRESHOLD, and -3 M_MMAP_THRESHOLD, with the largest value it takes.
+        libc.mallopt(-1, 2 ** 31 - 1)
+        libc.mallopt(-3, 1 << 25)

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -24,31 +23,49 @@ LINE_EVERY = 20  # seconds
 
 
 @contextlib.contextmanager
-def open_run_folder(path, steps: int, config: dict, facts: dict, may_change=(), may_differ=()):
+def open_run_folder(path, steps: int, config: dict, may_change=(), may_differ=()):
     """The RunFolder of a training of `steps` steps. All ranks enter; rank 0 holds the lock.
 
-    config is the run's settings and facts what else decides its results, both plain values. They
-    must be the checkpoint's, but for the names in may_change, and the same on all ranks, but for
-    those in may_differ. Raises UserError if they are not, if another process trains in the folder,
-    or if it holds something that is no run of this version.
+    config: all that decides the run's results, plain values. They must be the checkpoint's, but for
+    the names in may_change, and the same on all ranks, but for those in may_differ. Raises
+    UserError if they are not, if another process trains in the folder, or if the folder holds
+    something that is no run of this version.
     """
-    path, settings = Path(path), config | facts
+    path = Path(path)
     rank, _ = rank_and_world_size()
     # Locked before the run is read, so that the second of two commands in one folder is refused.
     with claim(path, config) if rank == 0 else contextlib.nullcontext():
         barrier()
-        run = RunFolder(path, steps, config, facts)
+        run = RunFolder(path, steps, config)
         if run.checkpoint:
-            former = run.checkpoint["config"] | run.checkpoint["facts"]
-            if changes := differences(former, settings, may_change):
+            if changes := differences(run.checkpoint["config"], config, may_change):
                 raise UserError(f"{path} has other settings or other data: {changes}; give another "
                                 "--out, or the former settings to resume")
-        of_ranks = all_gather_object(settings | {"step": run.step})
+        of_ranks = all_gather_object(config | {"step": run.step})
         for other, theirs in enumerate(of_ranks):
             if changes := differences(of_ranks[0], theirs, may_differ):
                 raise UserError(f"rank {other} differs from rank 0: {changes}; start all ranks "
                                 "with the same flags, files and kind of machine")
         yield run
+
+
+def claim(path: Path, config: dict):
+    """Locks a run folder, which is made if there is none. Returns what releases it after `with`."""
+    path.mkdir(parents=True, exist_ok=True)
+    # The lock, and the temporary files that a killed write leaves behind, do not count.
+    files = [file for file in path.glob("[!.]*") if file.name != "run.lock"]
+    # Every run begins with its config.json, which has all fields.
+    try:
+        ours = not files or json.loads((path / "config.json").read_text()).keys() == config.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path} holds files, but no config.json of this program and version: "
+                        "give another --out")
+    try:
+        return FileLock(path / "run.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {path}") from None
 
 
 def differences(before: dict, after: dict, ignored) -> str:
@@ -64,14 +81,14 @@ class RunFolder:
     start. Steps count from 1. replaced: {reason: samples} of this rank since start().
     """
 
-    def __init__(self, path: Path, steps: int, config: dict, facts: dict):
-        self.path, self.steps, self.config, self.facts = path, steps, config, facts
+    def __init__(self, path: Path, steps: int, config: dict):
+        self.path, self.steps, self.config = path, steps, config
         self.rank, _ = rank_and_world_size()
-        self.checkpoint, self.step = None, 0
-        self.seconds, self.log_bytes, self.replaced_before = 0.0, 0, Counter()
+        self.checkpoint = None
+        self.step, self.seconds, self.log_bytes, self.replaced_before = 0, 0.0, 0, Counter()
         if (path / "model.pt").exists():
-            self.checkpoint = read_checkpoint(path, ["config", "facts", "step", "seconds",
-                                                     "log_bytes", "replaced"])
+            self.checkpoint = read_checkpoint(path, ["config", "step", "seconds", "log_bytes",
+                                                     "replaced"])
             self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
             self.log_bytes = self.checkpoint["log_bytes"]
             self.replaced_before.update(self.checkpoint["replaced"])
@@ -81,7 +98,7 @@ class RunFolder:
         # Frees a second copy of the weights.
         self.checkpoint = None
         self.replaced, self.waited = Counter(), 0.0
-        self.last_step, self.last_time, self.last_line = self.step, time.perf_counter(), -math.inf
+        self.last_step, self.last_time, self.next_line = self.step, time.perf_counter(), 0.0
         if self.rank == 0:
             with atomic_write(self.path / "config.json") as file:
                 file.write(json.dumps(self.config, indent=1).encode())
@@ -104,26 +121,24 @@ class RunFolder:
         rate = (step - self.last_step) * images / passed
         row = dict(step=step, **values, images_per_s=rate, data_wait=self.waited / passed,
                    seconds=self.seconds)
+        self.last_step, self.last_time, self.waited = step, now, 0.0
+        line = json.dumps(row).encode() + b"\n"
+        # A full disk may have no room for a row, and later for a checkpoint.
         try:
-            self.write_row(json.dumps(row).encode() + b"\n")
-            if now - self.last_line > LINE_EVERY:
+            with open(self.path / "log.jsonl", "ab") as file:
+                # Cut off rows of steps that are taken again, and half a row on a full disk.
+                self.log_bytes = min(self.log_bytes, file.tell())
+                file.truncate(self.log_bytes)
+                file.write(line)
+            self.log_bytes += len(line)
+            if now > self.next_line:
                 minutes = (self.steps - step) * images / rate / 60
                 print(f"step {step:,} of {self.steps:,}: loss {values['loss']:.3f}, accuracy "
                       f"{values['accuracy']:.3f}, {rate:,.0f} images/s, {minutes:.1f} min left",
                       flush=True)
-                self.last_line = now
+                self.next_line = now + LINE_EVERY
         except OSError as error:
-            # A full disk may have no room for a row, and later for a checkpoint.
             note(f"{self.path}/log.jsonl lacks rows: {error}; the training goes on")
-        self.last_step, self.last_time, self.waited = step, now, 0.0
-
-    def write_row(self, line: bytes):
-        with open(self.path / "log.jsonl", "ab") as file:
-            # What follows are rows of steps that are taken again, or half a row on a full disk.
-            self.log_bytes = min(self.log_bytes, file.tell())
-            file.truncate(self.log_bytes)
-            file.write(line)
-        self.log_bytes += len(line)
 
     def save(self, state: dict, keep: bool = False):
         """Writes the checkpoint of the last logged step: `state` and what resuming needs besides.
@@ -133,11 +148,10 @@ class RunFolder:
         """
         replaced = sum(all_gather_object(self.replaced), self.replaced_before)
         if self.rank == 0:
-            checkpoint = dict(state, config=self.config, facts=self.facts, replaced=dict(replaced),
-                              step=self.step, seconds=self.seconds, log_bytes=self.log_bytes)
             # Into memory first: torch.save reports a full disk as a RuntimeError.
             buffer = io.BytesIO()
-            torch.save(checkpoint, buffer)
+            torch.save(dict(state, config=self.config, step=self.step, seconds=self.seconds,
+                            log_bytes=self.log_bytes, replaced=dict(replaced)), buffer)
             names = ["model.pt"]
             if keep:
                 names.append(f"model-{self.step:08d}.pt")
@@ -146,25 +160,6 @@ class RunFolder:
                     file.write(buffer.getbuffer())
         barrier()
         return replaced
-
-
-def claim(path: Path, config: dict):
-    """Locks a run folder, which is made if there is none. Returns what releases it after `with`."""
-    # The lock, and the temporary files that a killed write leaves behind, do not count.
-    files = [file for file in path.glob("[!.]*") if file.name != "run.lock"]
-    # Every run begins with its config.json, which has all fields.
-    try:
-        ours = not files or json.loads((path / "config.json").read_text()).keys() == config.keys()
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} holds files, but no config.json of this program and version: "
-                        "give another --out")
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(path / "run.lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is training in {path}") from None
 
 
 def read_checkpoint(path, keys) -> dict:
@@ -178,14 +173,12 @@ def read_checkpoint(path, keys) -> dict:
     with open(path, "rb") as file:
         try:
             # torch.load checks no sums: a flipped bit would become a wrong weight.
-            damaged_member = zipfile.ZipFile(file).testzip()
-            if damaged_member:
-                raise ValueError(f"{damaged_member} in it is damaged")
+            damaged = zipfile.ZipFile(file).testzip()
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            missing = set(keys) - checkpoint.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            lacking = sorted(set(keys) - checkpoint.keys())
+            if damaged or lacking:
+                raise ValueError(f"damaged: {damaged}, lacking: {lacking}")
         # Unpickling damaged bytes may raise anything.
         except Exception as error:
             raise UserError(f"{path} is not a paraclip checkpoint, or was written by another "
@@ -199,13 +192,12 @@ class StopSignals:
 
     def __enter__(self):
         self.received = False
-        self.former_handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.former_handlers[number] = signal.signal(number, self.receive)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.former = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.former_handlers.items():
+        for number, handler in self.former.items():
             signal.signal(number, handler)
 
     def receive(self, number, frame):
