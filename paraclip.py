@@ -130,7 +130,6 @@ def run_name(data: str) -> str:
 # rate, weight decay and crops from SLIP's CLIP baseline, ViT-B/16 (arXiv 2112.12750);
 # docs/decisions.md lists what differs. It has not been trained: nothing was measured on a GPU.
 RECIPES = {
-    "emoji": {},
     "cc12m": dict(
         lm="roberta-base", align_layers=2, cache_lm=False, image_size=224, patch_size=16,
         stem="patch", width=768, depth=12, heads=12, embed_dim=512, epochs=35.0,
@@ -923,7 +922,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
         # Without padding, one caption after the other.
         parts.append(states[tokens["attention_mask"].bool()].cpu())
         for caption, length in zip(batch, tokens["attention_mask"].sum(1).tolist()):
-            place_of[caption] = count, length
+            place_of[caption] = slice(count, count + length)
             count += length
     return functools.partial(look_up_states, place_of, torch.cat(parts))
 
@@ -931,14 +930,12 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
 def look_up_states(place_of: dict, all_states, captions: list[str]) -> dict:
     """Captions -> a token batch that holds `states` (B, T, W) in place of input_ids.
 
-    place_of: {caption: (its first row of all_states, its number of tokens)}."""
-    states, mask = [], []
-    for caption in captions:
-        first, length = place_of[caption]
-        states.append(all_states[first:first + length])
-        mask.append(torch.ones(length, dtype=torch.int64))
-    return {"states": nn.utils.rnn.pad_sequence(states, batch_first=True),
-            "attention_mask": nn.utils.rnn.pad_sequence(mask, batch_first=True)}
+    place_of: {caption: the slice of its rows in all_states}."""
+    states = [all_states[place_of[caption]] for caption in captions]
+    lengths = torch.tensor([len(rows) for rows in states])
+    states = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, W)
+    mask = torch.arange(states.shape[1]) < lengths[:, None]  # (B, T)
+    return {"states": states, "attention_mask": mask}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     Raises UserError if something else has started several processes, each of which would train.
     """
     if "RANK" in os.environ:
-        if ON_GPU:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         try:
+            if ON_GPU:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             store, rank, world_size = next(dist.rendezvous("env://"))
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"RANK is set, but torchrun has not started this process: {error}; "
                             "unset RANK, or start with torchrun") from None
         # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
@@ -112,6 +112,6 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     # Other C libraries, such as that of macOS, have none.
     if hasattr(libc, "mallopt"):
-        # malloc.h: -1 is M_TRIM_THRESHOLD, and -3 M_MMAP_THRESHOLD, with the largest value it takes.
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h, each at the largest value it takes.
         libc.mallopt(-1, 2 ** 31 - 1)
         libc.mallopt(-3, 1 << 25)
