@@ -138,7 +138,7 @@ class RunFolder:
                       flush=True)
                 self.next_line = now + LINE_EVERY
         except OSError as error:
-            note(f"{self.path}/log.jsonl lacks rows: {error}; the training goes on")
+            note(f"the log of {self.path} lacks rows or lines: {error}; the training goes on")
 
     def save(self, state: dict, keep: bool = False):
         """Writes the checkpoint of the last logged step: `state` and what resuming needs besides.
