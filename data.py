@@ -605,15 +605,6 @@ def center_crop(image: Image.Image, size: int) -> torch.Tensor:
     return TF.pil_to_tensor(TF.center_crop(image, [size, size]))
 
 
-def open_image(item) -> Image.Image:
-    """The RGB Pillow image of a gallery's item: a path, a (tar, offset, bytes) range, or a uint8
-    array (H, W, 3). Raises BadSample or OSError."""
-    if isinstance(item, np.ndarray):
-        return Image.fromarray(item)
-    content = item.read_bytes() if isinstance(item, Path) else read_range(*item)
-    return cut_long_side(TF.to_pil_image(decode_image(content)))
-
-
 # ---- python data.py PATH -------------------------------------------------------------------------
 @dataclass
 class InspectConfig:

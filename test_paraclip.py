@@ -1840,13 +1840,14 @@ def test_readmes_python_block_runs(memorized):
     assert names["best"].shape == (2, 5)
 
 
-# ---- galleries -----------------------------------------------------------------------------------
+# ---- evaluation: galleries -----------------------------------------------------------------------
 def test_a_gallery_is_a_sorted_folder(tmp_path):
     folder = write_images(tmp_path / "f", "z/a.PNG", "b.jpg", "z/.y.jpg", "ant/sub/c.jpeg",
-                          ".hidden/a.png", "notes.txt")
+                          ".hidden/a.png", "notes.txt", "phone.HEIC", "scan.tif")
     os.symlink(write_images(tmp_path / "far", "a.bmp"), f"{folder}/dog")
     os.symlink(folder, f"{folder}/ant/loop")
-    assert list(ev.list_gallery(folder)) == ["ant/sub/c.jpeg", "b.jpg", "dog/a.bmp", "z/a.PNG"]
+    assert ev.list_gallery(folder).names == [
+        "ant/sub/c.jpeg", "b.jpg", "dog/a.bmp", "phone.HEIC", "scan.tif", "z/a.PNG"]
 
 
 def test_a_gallery_follows_a_replaced_shard(tmp_path):
@@ -1854,39 +1855,51 @@ def test_a_gallery_follows_a_replaced_shard(tmp_path):
         # Without captions.
         write_tar(tmp_path / "new", [("a.jpg", image_bytes(seed))])
         os.replace(tmp_path / "new", tmp_path / "0.tar")
-        image = ev.open_image(ev.list_gallery(tmp_path)["a"])
-        assert np.array_equal(image, decode(image_bytes(seed)))
+        for source in (str(tmp_path), f"{tmp_path}/0.tar", f"{tmp_path}/{{0..0}}.tar"):
+            image = ev.open_image(ev.list_gallery(source).images["a"])
+            assert np.array_equal(image, decode(image_bytes(seed)))
 
 
 def test_equal_keys_of_two_shards_are_counted(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", sample(0) + sample(1))
-    write_tar(tmp_path / "1.tar", sample(1) + sample(2))
-    gallery = ev.list_gallery(tmp_path)
-    assert list(gallery) == ["00000", "00001", "00002"]
-    assert gallery["00001"][0] == f"{tmp_path}/0.tar"
+    write_tar(tmp_path / "1.tar", [("00001.jpg", image_bytes(9))] + sample(2))
+    gallery = ev.list_gallery(str(tmp_path))
+    assert gallery.names == ["00000", "00001", "00002"]
+    assert gallery.images["00001"]() == image_bytes(1)
     assert "{'duplicate key': 1}" in capsys.readouterr().err
 
 
 def test_an_unclear_gallery_is_refused(tmp_path):
     with pytest.raises(UserError, match="no image in it"):
-        ev.list_gallery(tmp_path)
+        ev.list_gallery(str(tmp_path))
     write_tar(tmp_path / "0.tar", sample(0))
     write_images(tmp_path, "a.jpg")
     with pytest.raises(UserError, match="1 images in .tar shards and 1 image files"):
-        ev.list_gallery(tmp_path)
+        ev.list_gallery(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, found", [
+    ("b/1.png", "b/1.png"), ("2.png", "b/2.png"), ("1.png", None), ("val/b/2.png", "b/2.png"),
+    # An accent of its own, as some file systems store it, and a folder that is another one.
+    ("cafe\u0301.png", "caf\u00e9.png"), ("c/2.png", None)])
+def test_images_are_found_by_every_unambiguous_name(name, found):
+    gallery = ev.Gallery(dict.fromkeys(["a/1.png", "b/1.png", "b/2.png", "caf\u00e9.png"]), "x/val")
+    assert gallery.find(name) == found
 
 
 def test_one_image_never_ends_an_evaluation(tmp_path):
     def preprocess(image):
         if image.size == (1, 1):
             raise MemoryError("odd")
-        return torch.ones(3)
+        return torch.ones(image.width)
 
-    gallery = {"odd": np.zeros((1, 1, 3), np.uint8), "gone": tmp_path / "gone.jpg"}
-    gallery["good"] = np.zeros((2, 2, 3), np.uint8)
-    (indices, images, failed), = ev.image_loader(gallery, preprocess, 8, workers=0)
-    assert indices == [2] and images.tolist() == [[1, 1, 1]]
-    assert failed[0] == (0, "odd") and "gone.jpg" in failed[1][1]
+    sizes = {"odd": 1, "good": 2, "other shape": 3}
+    gallery = {name: functools.partial(np.zeros, (size, size, 3), np.uint8)
+               for name, size in sizes.items()}
+    gallery["gone"] = (tmp_path / "gone.jpg").read_bytes
+    indices, images, failed = ev.collate_images(list(enumerate(gallery.values())), preprocess)
+    assert indices == [1] and images.tolist() == [[1, 1]]
+    assert failed[0] == (0, "odd") and failed[1][0] == 2 and "gone.jpg" in failed[2][1]
 
 
 @FUZZ
@@ -1904,13 +1917,11 @@ def test_damaged_galleries_and_shapes_are_survived(tmp_path, seed):
     path = write_tar(tmp_path / "1.tar", members)
     path.write_bytes(damage(path.read_bytes(), rng))
     write_tar(tmp_path / "2.tar", [("good.jpg", JPEG)])
-    gallery = ev.list_gallery(tmp_path)
-    loader = ev.image_loader(gallery, lambda image: data.center_crop(image, 16), 4, workers=0)
-    rows = []
-    for indices, images, failed in loader:
-        rows += indices + [row for row, reason in failed if reason]
-        assert images is None or images.shape == (len(indices), 3, 16, 16)
-    assert sorted(rows) == list(range(len(gallery))) and "good" in gallery
+    gallery = ev.list_gallery(str(tmp_path))
+    indices, images, failed = ev.collate_images(
+        list(enumerate(gallery.images.values())), lambda image: data.center_crop(image, 16))
+    assert images.shape == (len(indices), 3, 16, 16) and "good" in gallery.names
+    assert sorted(indices + [i for i, reason in failed if reason]) == list(range(len(gallery.names)))
 
 
 # ---- evaluation: metrics -------------------------------------------------------------------------
@@ -1981,12 +1992,11 @@ def test_recall_and_precision_equal_a_loop(k):
 
 def test_recall_from_images_finds_any_text():
     texts, images = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4)[[1, 0, 3]]
-    # Text 3 shows image 2, which is no text's nearest.
-    correct = [[1], [1], [0], [2]]
-    ranked = ev.rankings(texts, images, 3).numpy()
-    results = ev.retrieval("recall", ranked, texts, images, correct, np.arange(4))
+    # Text 3 shows image 2, which is no text's nearest. Texts 0 and 2 are of one group.
+    found = ev.image_to_text(texts, images, [[1], [1], [0], [2]], np.array([7, 5, 7, 9]))
     # In the order in which the texts first name the images: 1, 0, 2.
-    assert results["recall", "i2t@1"].values.tolist() == [1, 1, 0]
+    assert found["i2t@1"].values.tolist() == [1, 1, 0]
+    assert found["i2t@1"].groups.tolist() == [7, 7, 9]
 
 
 def test_spearman_shares_the_ranks_of_ties():
@@ -1994,11 +2004,33 @@ def test_spearman_shares_the_ranks_of_ties():
     assert ev.spearman([1, 2, 2], [4, 5, 60]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
+def test_equal_features_have_exactly_similarity_1():
+    features = torch.randn(300, 96)
+    assert set(ev.similarity(features, 3 * features)) == {1}
+
+
+def test_contrast_by_hand():
+    # The second pair ties in all but the last bit of a sum.
+    assert ev.contrast([0.8, 0.1 + 0.2, 0.1], [0.5, 0.3, 0.3]).tolist() == [1, 0.5, 0]
+
+
 def test_interval_is_as_wide_as_normal():
     values = np.random.default_rng(0).random(400)
     low, high = ev.bootstrap_ci(values)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * (high - low))
+
+
+def test_interval_of_all_or_none_is_exact():
+    def interval(value, groups, of_differences=False):
+        scores = {(): ev.Scores(np.full(len(groups), value), np.array(groups))}
+        return ev.estimate(scores, 0, of_differences)[()].interval
+
+    exact = scipy.stats.binomtest(20, 20).proportion_ci(0.95, "exact")
+    assert interval(1.0, range(20)) == pytest.approx((exact.low, 1))
+    assert interval(0.0, range(20)) == pytest.approx((0, 1 - exact.low))
+    assert interval(0.0, range(20), of_differences=True) == (0, 0)
+    assert interval(1.0, [3, 3]) is None
 
 
 def test_interval_of_equal_values_is_exact():
@@ -2020,20 +2052,21 @@ def test_grouped_intervals_cover_clustered_data(by_group):
     assert covered >= 54 if by_group else covered <= 48
 
 
-def make_pairs(queries: list[str], images: list[list[str]], groups=(None,) * 50) -> list[dict]:
-    pairs = []
-    for query, names, group in zip(queries, images, groups):
-        pairs.append({"query": query, "paraphrase": "p" + query, "images": names, "group": group})
-    return pairs
+def make_pairs(queries, images, groups=(None,) * 50) -> list:
+    return [ev.Pair(query, "p" + query, tuple(names), group=group)
+            for query, names, group in zip(queries, images, groups)]
 
 
 def test_unrelated_pairs_share_nothing():
     queries = [f"{i // 3}" for i in range(42)]
-    pairs = make_pairs(queries, [[f"a{i % 7}", f"b{i % 5}"] for i in range(42)])
-    partners = ev.unrelated(pairs, 0)
+    pairs = make_pairs(queries, [[f"a{i % 7}"] for i in range(42)])
+    groups = np.arange(42) % 5
+    partners = ev.unrelated(pairs, groups, 0)
     for i, j in enumerate(partners):
-        assert queries[i] != queries[j] and i % 7 != j % 7 and i % 5 != j % 5
+        assert queries[i] != queries[j] and i % 7 != j % 7 and groups[i] != groups[j]
     assert len(set(partners)) > 21
+    # Where all pairs have one query, none is unrelated to another.
+    assert ev.unrelated(make_pairs("aaa", [[], [], []]), np.zeros(3), 0).tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("pairs, groups", [
@@ -2063,8 +2096,9 @@ def test_a_tie_of_triplets_is_a_miss(tmp_path, p1, p2, negative, image, text_onl
         "caption": f"{p1}", "caption2": f"{p2}", "negative_caption": f"{negative}",
         "filename": "x"}))
     cfg = ev.EvalConfig(triplets=[str(tmp_path / "f")])
-    images = ev.Images(["x"], {"x": 0}, VECTORS[[image]])
-    results = ev.Triplets(cfg).measure(BY_NUMBER, images, cfg)
+    gallery = ev.Gallery({"x": None})
+    images = ev.Images(gallery, ["x"], VECTORS[[image]])
+    results = ev.Triplets(cfg, gallery).measure(BY_NUMBER, images, cfg)
     assert results["triplets", "f", "text_only"].values == [text_only]
     assert results["triplets", "f", "image_text"].values == [image_text]
 
@@ -2077,45 +2111,123 @@ def test_class_prompts_are_averaged(tmp_path):
     cfg = ev.EvalConfig(zeroshot=str(tmp_path / "z.json"), images="x",
                         templates=str(tmp_path / "prompts"))
     # Class 0 would be nearer by the first prompt alone, or if longer features weighed more.
-    images = ev.Images(["x"], {"x": 0}, torch.tensor([[0.9, 0.3]]))
-    assert ev.ZeroShot(cfg).measure(model, images, cfg)["zeroshot", "top1"].values == [1]
+    gallery = ev.Gallery({"x": None})
+    images = ev.Images(gallery, ["x"], torch.tensor([[0.9, 0.3]]))
+    results = ev.ZeroShot(cfg, gallery).measure(model, images, cfg)
+    # Of two classes, the correct one is always among the first five.
+    assert results["zeroshot", "top1"].values == [1] and ("zeroshot", "top5") not in results
+
+
+# ---- evaluation: opposites -----------------------------------------------------------------------
+def words_in_common(texts: list[str]):
+    """Features of texts whose dot product counts the words in common."""
+    vocabulary = sorted({word for text in OPPOSITES.values() for word in text})
+    return torch.tensor([[float(word in OPPOSITES[text]) for word in vocabulary] for text in texts])
+
+
+# Texts and their words: b says the same as a in other words, c the opposite in nearly the same.
+OPPOSITES = {"a": ["x", "y", "z"], "b": ["z", "v", "w"], "c": ["x", "y", "u"]}
+LISTENERS = {
+    "words in common": (words_in_common, 0),
+    "deaf": (lambda texts: torch.ones(len(texts), 9), 0.5),
+    "hears all": (lambda texts: torch.eye(9)[[{"a": 1, "b": 1, "c": 4}[text] for text in texts]], 1),
+}
+
+
+@pytest.mark.parametrize("encode_text, expected", LISTENERS.values(), ids=LISTENERS)
+def test_contrast_of_models_built_for_it(tmp_path, encode_text, expected):
+    # b, a: the text in common need not be the query. The last pair shares no text with another.
+    pairs = [("a", "b", True), ("c", "a", False), ("b", "c", False)]
+    lines = [{"query": query, "paraphrase": paraphrase, "same": same, "kind": f"kind {i}"}
+             for i, (query, paraphrase, same) in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    width = encode_text(["a"]).shape[1]
+    gallery = ev.Gallery(dict.fromkeys("0123456789"[:width]))
+    cfg = ev.EvalConfig(pairs=[str(tmp_path / "pairs.jsonl")], k=1)
+    task = ev.Pairs(cfg, gallery)
+    images = ev.Images(gallery, gallery.names, torch.eye(width) + torch.eye(width).roll(1, 1) / 2)
+    results = task.measure(Namespace(encode_text=encode_text), images, cfg)
+    assert results["contrast",].values.tolist() == [expected] * 2 or expected == 0
+    # Pairs that change the meaning are no part of AO.
+    assert results["pairs",] == len(results["ao",].values) == 1
+    assert len(results["ao_changed",].values) == 2
+    assert results["changed", "kind 1", "pairs"] == results["changed", "kind 1", "contrast_pairs"] == 1
+    report = ev.to_json(ev.estimate(results, 0))
+    assert report["contrast_pairs"] == 2 and report["kinds"].keys() == {"kind 0"}
+
+
+def test_contrast_equals_a_loop():
+    rng = random.Random(0)
+    pairs = [ev.Pair(rng.choice("abcdef"), rng.choice("ghijkl"), same=rng.random() < 0.5)
+             for _ in range(40)]
+    expected = []
+    for i, kept in enumerate(pairs):
+        for j, changed in enumerate(pairs):
+            shared = {kept.query, kept.paraphrase} & {changed.query, changed.paraphrase}
+            if kept.same and not changed.same and shared:
+                expected.append([i, j])
+    assert ev.comparisons(pairs).tolist() == expected
 
 
 # ---- evaluation: files ---------------------------------------------------------------------------
 PAIR = {"query": "q", "paraphrase": "p"}
-READ_PAIR = PAIR | {"negative": "", "images": [], "kind": "", "group": None}
 COCO = ('{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b"}], '
         '"annotations": [{"image_id": 1, "caption": "x"}]}')
+KARPATHY = ('{"images": [{"filename": "a", "split": "test", "sentences": [{"raw": "x"}]}, '
+            '{"filename": "b", "split": "train", "sentences": [{"raw": "y"}]}]}')
 DETAILS = ('{"query": "a", "query_ranking": ["1"], "paraphrase": "b", '
            '"paraphrase_ranking": ["2"]}')
-SUGAR = '[{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}]'
+SUGAR = '{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}'
+SUGAR_PAIR = ev.Pair("q?", "p", ("1",), negative="n")
 CLASSES = '{"classnames": ["x", "y"], "labels": {"a": 1}}'
+QP = ev.Pair("q", "p")
 GOOD_FILES = {
-    "array": (ev.read_pairs, json.dumps([PAIR]), [READ_PAIR]),
-    "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [READ_PAIR] * 2),
-    "sugarcrepe": (ev.read_pairs, SUGAR,
-                   [READ_PAIR | {"query": "q?", "negative": "n", "images": ["1"]}]),
+    "array": (ev.read_pairs, json.dumps([PAIR]), [QP]),
+    "one line": (ev.read_pairs, json.dumps(PAIR), [QP]),
+    "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [QP] * 2),
+    "pairs in csv": (ev.read_pairs, 'kind,Query,paraphrase,same\nx,q,"p, ""r""\ns",False\n',
+                     [ev.Pair("q", 'p, "r"\ns', kind="x", same=False)]),
+    "sugarcrepe": (ev.read_pairs, f"[{SUGAR}]", [SUGAR_PAIR]),
+    "numbered": (ev.read_pairs, f'{{"0": {SUGAR}, "1": {SUGAR}}}', [SUGAR_PAIR] * 2),
     "lists": (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
     "details": (ev.read_lists, DETAILS, {"a": ["1"], "b": ["2"]}),
     "coco": (ev.read_captions, COCO, {"a": ["x"]}),
+    "karpathy": (ev.read_captions, KARPATHY, {"a": ["x"]}),
+    "datasets": (ev.read_captions, '{"file_name": "a", "text": "x"}\n'
+                                   '{"file_name": "b", "captions": ["y", "z"]}',
+                 {"a": ["x"], "b": ["y", "z"]}),
+    "kaggle": (ev.read_captions, 'image,caption\na,"x, y"\na,z\n', {"a": ["x, y", "z"]}),
+    "flickr": (ev.read_captions, "a.jpg#0\tx\na.jpg#1\ty\n", {"a.jpg": ["x", "y"]}),
     "csv": (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
-    "tsv": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n', [("a", '"b', 3.0)]),
+    "sick": (ev.read_sts, "pair_ID\tsentence_A\tsentence_B\trelatedness_score\n1\ta\tb\t4.5\n",
+             [("a", "b", 4.5)]),
+    "stray quotes": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n8\t1\t"c\td\n',
+                     [("a", '"b', 3.0), ('"c', "d", 1.0)]),
+    "quoted cells": (ev.read_sts, 'score\tsentence1\tsentence2\n3\ta\t"b\nc"\n',
+                     [("a", "b\nc", 3.0)]),
     "templates": (ev.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
     "classes": (ev.read_labels, CLASSES, (["x", "y"], {"a": 1})),
+    "synset words": (ev.read_classnames, "n01440764 tench, Tinca tinca\nmy dog, his\n",
+                     ["tench", "my dog, his"]),
 }
 BAD_FILES = {
-    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3"),
-    "no paraphrase": (ev.read_pairs, '{"query": "q"}', "line 1"),
-    "images no list": (ev.read_pairs, json.dumps(PAIR | {"images": "a"}), "a list"),
+    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "JSON lines"),
+    "no paraphrase": (ev.read_pairs, '{"query": "q"}', "record 1: expected query and paraphrase"),
+    "image no text": (ev.read_pairs, json.dumps(PAIR | {"images": [7]}), "7 is no text"),
+    "same no bool": (ev.read_pairs, json.dumps(PAIR | {"same": "no"}), "same .true or false."),
+    "group no name": (ev.read_pairs, json.dumps(PAIR | {"group": [1]}), "the group is"),
     "empty": (ev.read_pairs, "\n", "empty"),
     "not UTF-8": (ev.read_pairs, b"\xff\xfe{\0", "UTF-8"),
     "two lists": (ev.read_lists, DETAILS + DETAILS.replace("1", "3").join("\n\n"),
-                  "line 2.*several models"),
-    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "item 1 of annotations"),
-    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "id 7"),
-    "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "row 2.*finite score"),
+                  "record 2.*several models"),
+    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "None is no text"),
+    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
+    "no captions": (ev.read_captions, KARPATHY.replace("test", "val"), "there is none"),
+    "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "record 2.*finite score"),
+    "no score": (ev.read_sts, "sentence1,sentence2,score\n", "is empty"),
     "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),
     "label too high": (ev.read_labels, CLASSES.replace("1", "2"), "the label of 'a' is 2"),
+    "label true": (ev.read_labels, CLASSES.replace("1", "true"), "the label of 'a' is True"),
 }
 
 
@@ -2146,50 +2258,60 @@ def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
 
 
 def test_classes_come_from_folders(tmp_path):
-    folder = write_images(tmp_path / "f", "z/a.PNG", "fire_truck/a.png", "ant/b.png", "z/.y.jpg",
-                          "ant/sub/c.jpeg", "stray.png", ".hidden/a.png", "empty/a.txt")
-    gallery, names, labels, names_from = ev.read_class_folders(folder)
-    assert (names, names_from) == (["ant", "fire truck", "z"], "its folders")
-    assert labels == {"ant/b.png": 0, "ant/sub/c.jpeg": 0, "fire_truck/a.png": 1, "z/a.PNG": 2}
+    folder = write_images(tmp_path / "f", "10/a.PNG", "9/a.png", "9/.y.jpg", "stray.png",
+                          ".hidden/a.png")
+    _, names, labels, names_from = ev.read_classes(folder)
+    # As numbers, where all folders are.
+    assert (names, names_from) == (["9", "10"], "its folders")
+    assert labels == {"9/a.png": 0, "10/a.PNG": 1}
+    write_images(tmp_path / "f", "fire_truck/b.png")
+    assert ev.read_classes(folder)[1] == ["10", "9", "fire truck"]
+    (tmp_path / "f/empty").mkdir()
+    with pytest.raises(UserError, match="'empty'"):
+        ev.read_classes(folder)
+    write_images(tmp_path / "splits", "train/cat/a.png", "test/cat/a.png")
+    with pytest.raises(UserError, match="lies deeper: give the folder of one split"):
+        ev.read_classes(str(tmp_path / "splits"))
 
 
-def test_imagenet_has_torchvisions_names(monkeypatch):
-    gallery = {f"n{i:08}/x.JPEG": None for i in range(1000)}
-    monkeypatch.setattr(ev, "list_gallery", lambda folder: gallery)
-    _, names, labels, names_from = ev.read_class_folders("imagenet:ROOT")
-    assert (names[0], names[-1], len(labels)) == ("tench", "toilet tissue", 1000)
-    assert names_from == "torchvision"
+@pytest.mark.parametrize("name_of", ["n{:08}", "{}"], ids=["WordNet", "numbers"])
+def test_imagenet_has_torchvisions_names(tmp_path, name_of):
+    for i in range(1000):
+        (tmp_path / "val" / name_of.format(i)).mkdir(parents=True)
+        (tmp_path / "val" / name_of.format(i) / "x.JPEG").touch()
+    _, names, labels, names_from = ev.read_classes(f"imagenet:{tmp_path}")
+    assert (names[0], names[-1], names_from) == ("tench", "toilet tissue", "torchvision")
+    assert labels[f"{name_of.format(7)}/x.JPEG"] == 7
 
 
 def test_a_folder_may_be_called_imagenet(tmp_path, monkeypatch):
     write_images(tmp_path / "imagenet", "cat/a.png", "val/b.png")
     monkeypatch.chdir(tmp_path)
-    _, names, _, names_from = ev.read_class_folders("imagenet")
+    _, names, _, names_from = ev.read_classes("imagenet")
     assert (names, names_from) == (["cat", "val"], "its folders")
 
 
-def test_part_of_imagenet_needs_class_names(tmp_path):
-    write_images(tmp_path / "val", "n01440764/a.png", "n02084071/b.png")
-    (tmp_path / "names.txt").write_text("tench\ndog\n")
-    source = dict(zeroshot=f"imagenet:{tmp_path}")
-    with pytest.raises(UserError, match="2 of ImageNet's 1000 folders"):
-        ev.ZeroShot(ev.EvalConfig(**source))
-    task = ev.ZeroShot(ev.EvalConfig(**source, classnames=str(tmp_path / "names.txt")))
-    assert task.classnames == ["tench", "dog"]
+@pytest.mark.parametrize("folders, names, complaint", [
+    (["n01440764", "n02084071"], "", "not ImageNet's 1000 and whose names are no words"),
+    (["a", "b"], "crane\ncrane\n", "1 names stand for several classes, such as 'crane'"),
+    (["a", "b"], "crane\n", "expected 2 class names"), (["n01440764", "b"], "x\ny", "")])
+def test_class_names_must_be_words_and_different(tmp_path, folders, names, complaint):
+    write_images(tmp_path / "f", *[f"{name}/a.png" for name in folders])
+    cfg = ev.EvalConfig(zeroshot=str(tmp_path / "f"))
+    if names:
+        (tmp_path / "names.txt").write_text(names)
+        cfg.classnames = str(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
+        assert ev.ZeroShot(cfg, None).classnames == ["x", "y"]
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
-    pixels = np.zeros((2, 32, 32, 3), np.uint8)
-    dataset = Namespace(classes=["x", "y_z"], targets=[1, 0], data=pixels)
+    pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+    dataset = Namespace(classes=["x", "y"], targets=[1, 0], data=pixels)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train: dataset)
-    gallery, names, labels, names_from = ev.read_class_folders(f"cifar100:{tmp_path}")
-    assert (names, names_from) == (["x", "y z"], "torchvision")
-    assert labels == {"test/0": 1, "test/1": 0}
-
-
-def test_file_names_must_be_unambiguous():
-    rows = ev.rows_by_name(["a/1.png", "b/1.png", "b/2.png"])
-    assert rows == {"a/1.png": 0, "b/1.png": 1, "b/2.png": 2, "2.png": 2}
+    gallery, names, labels, names_from = ev.read_classes(f"cifar100:{tmp_path}")
+    assert (names, names_from, labels) == (["x", "y"], "torchvision", {"test/0": 1, "test/1": 0})
+    assert np.array_equal(ev.open_image(gallery.images["test/1"]), pixels[1])
 
 
 # ---- evaluation: the whole program ---------------------------------------------------------------
@@ -2198,17 +2320,31 @@ import torch
 class Good:
     def preprocess(self, image): return torch.tensor(list(image.resize((4, 4)).tobytes())).float()
     def encode_image(self, batch): return batch[:, :3]
-    def encode_text(self, texts): return [[len(t), t.count("a"), t.count("e")] for t in texts]
-class NoText:
-    preprocess = encode_image = Good.preprocess
+    def encode_text(self, texts): return [[len(t), t.count("a"), t.count("d")] for t in texts]
+class TextOnly:
+    encode_text = Good.encode_text
+class OneBuffer(Good):
+    buffer = torch.empty(99, 3)
+    def encode_text(self, texts):
+        rows = self.buffer[:len(texts)]
+        rows[:] = torch.tensor(Good.encode_text(self, texts))
+        return rows
+class Dropout(Good):
+    def encode_image(self, batch): return torch.nn.functional.dropout(batch[:, :3])
+class BatchNorm(Good):
+    def encode_image(self, batch): return torch.nn.BatchNorm1d(3)(torch.cat([batch, 2 * batch])[:, :3])[:len(batch)]
+class Unmasked(Good):
+    def encode_text(self, texts): return [[len(t), max(map(len, texts)), t.count("d")] for t in texts]
+class Zero(Good):
+    def encode_text(self, texts): return [[1e-20 * len(t), 0, 0] for t in texts]
 class OtherWidth(Good):
-    def encode_text(self, texts): return [[len(t)] for t in texts]
+    def encode_text(self, texts): return [[len(t), 1, t.count("a"), t.count("g")] for t in texts]
 class AnySize(Good):
     def preprocess(self, image): return torch.zeros(image.size)
 class NaN(Good):
     def encode_text(self, texts): return [[float("nan")] * 3 for t in texts]
 class Fewer(Good):
-    def encode_text(self, texts): return Good.encode_text(self, texts)[:3]
+    def encode_text(self, texts): return Good.encode_text(self, texts)[:4]
 class NoVectors(Good):
     def encode_text(self, texts): return {"features": texts}
 number = 1
@@ -2285,8 +2421,8 @@ def test_overlap_equals_the_librarys(cd, capsys, kind):
         options |= dict(padding="max_length", return_attention_mask=False)
 
     images = []
-    for item in ev.list_gallery("readable").values():
-        pixels = processor.image_processor(data.open_image(item), return_tensors="pt")
+    for read in ev.list_gallery("readable").images.values():
+        pixels = processor.image_processor(ev.open_image(read), return_tensors="pt")
         images.append(model.get_image_features(**pixels).pooler_output[0].double())
     images = F.normalize(torch.stack(images), dim=-1)
     overlaps = []
@@ -2315,10 +2451,10 @@ def exported(inputs) -> dict:
     """The features of clip, also in vectors.npz."""
     model = ev.open_model(str(inputs / "clip"), ev.EvalConfig(device="cpu"))
     cfg = ev.EvalConfig(workers=0)
-    images = ev.embed_images(model, ev.list_gallery(inputs / "readable"), cfg)
+    images = ev.embed_images(model, ev.list_gallery(str(inputs / "readable")), cfg)
     texts = set()
     for item in json.loads((inputs / "triplets.json").read_text()):
-        texts |= {item["caption"], item["caption2"]}
+        texts |= {item["caption"], item["caption2"], item["negative_caption"]}
     texts = sorted(texts)
     arrays = dict(names=np.array(images.names), images=images.features.numpy(),
                   texts=np.array(texts),
@@ -2349,9 +2485,11 @@ def test_details_give_their_models_numbers(cd, capsys, tmp_path):
 def test_details_hold_each_pairs_scores(cd, capsys, tmp_path):
     report, _ = evaluate(capsys, "clip", "siglip", *PAIRS, "--details", tmp_path / "d.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert [line["model"] for line in lines] == ["clip"] * 15 + ["siglip"] * 15
-    assert np.mean([line["ao"] for line in lines[:15]]) == pytest.approx(report["ao"])
-    assert lines[1]["images"] == ["sub/01.png", "02.png", "sub/03.png"]
+    # Each pair, and after it the one that its negative caption makes.
+    assert [line["model"] for line in lines] == ["clip"] * 30 + ["siglip"] * 30
+    assert np.mean([line["ao"] for line in lines[:30:2]]) == pytest.approx(report["ao"])
+    assert np.mean([line["ao"] for line in lines[1:30:2]]) == pytest.approx(report["ao_changed"])
+    assert lines[2]["images"] == ["02.png", "sub/01.png", "sub/03.png"]
 
 
 def write_lists(path: Path, lists: dict):
@@ -2407,10 +2545,10 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
 
 @pytest.mark.parametrize("name, array, complaint", [
     pytest.param("names", None, "names is not", id="missing"),
-    pytest.param("images", np.ones((14, 3), np.float32), "(14, 3)", id="other width"),
-    pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
-    pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
-    pytest.param("names", np.array(["a.png"] * 14), "'a.png' stands there more", id="name twice"),
+    pytest.param("images", np.ones((14, 3), np.float32), "(45,) and (45, 512)", id="other width"),
+    pytest.param("names", np.array([b"a"] * 14), "there are |S1", id="bytes"),
+    pytest.param("texts", np.array([f"{i}" for i in range(45)]), "no vectors", id="other texts"),
+    pytest.param("names", np.array(["a.png"] * 14), "'a.png' has two different", id="name twice"),
 ])
 def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
     arrays = dict(exported)
@@ -2424,7 +2562,7 @@ def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, co
 def test_vectors_without_images(exported, cd, capsys, tmp_path):
     empty = dict(names=exported["names"][:0], images=exported["images"][:0])
     np.savez(tmp_path / "x.npz", **exported | empty)
-    assert "it has no images" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
+    assert "there are <U" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
 
 
 def test_a_class_of_the_users(cd, capsys):
@@ -2442,12 +2580,6 @@ def test_fresh_loader_workers_find_the_users_class(cd):
     assert len(pixels) == 4 * 4 * 3
 
 
-def test_flags_of_models_have_no_effect_on_a_users_class(cd, capsys):
-    call(ev, "clip", "mine.py:Good", "--sts", "sts.csv", "--precision", "bf16")
-    errors = capsys.readouterr().err
-    assert "mine.py:Good: --precision has no effect" in errors and "clip: --" not in errors
-
-
 def test_labels_of_no_image_are_refused(cd, capsys, tmp_path):
     (tmp_path / "labels.json").write_text('{"classnames": ["dog"], "labels": {"nowhere.png": 0}}')
     message = error_line(capsys, ev, "clip", *READABLE, "--zeroshot", tmp_path / "labels.json")
@@ -2457,30 +2589,36 @@ def test_labels_of_no_image_are_refused(cd, capsys, tmp_path):
 def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     (tmp_path / "data.py").write_text(MODEL_FILE)
     message = error_line(capsys, ev, f"{tmp_path}/data.py:Good", *PAIRS)
-    assert "there is another module 'data'" in message and sys.modules["data"] is data
-
-
-def test_pairs_that_have_kinds_in_part(cd, capsys, benchmark):
-    file = benchmark / "val/pairs.jsonl"
-    file.write_text(file.read_text().replace('"kind": "a"', '"kind": ""', 1))
-    argv = ["clip", "--workers", 0]
-    message = error_line(capsys, ev, *argv, "--benchmark", benchmark, "--split", "val")
-    assert "the first pair has no kind" in message
-    report, = evaluate(capsys, *argv, "--pairs", file, "--images", benchmark / "val")
-    assert report["pairs"] == 8 and report["kinds"].keys() == {"a", "Z"}
+    assert "another module has its name" in message and sys.modules["data"] is data
 
 
 @pytest.mark.parametrize("name, complaint", [
-    ("NoText", "the model has no encode_text()"),
-    ("OtherWidth", "encode_text of 3 texts [3, 1]"),
+    ("TextOnly", "the model has no preprocess()"),
+    ("OtherWidth", "image features have 3 numbers, text features 4"),
     ("AnySize", "the same shape for every image"),
     ("NaN", "finite numbers"),
-    ("Fewer", "for each of 30 inputs, but features of shape [3, 3]"),
+    ("Zero", "not all of them 0"),
+    ("Fewer", "for each of 45 inputs; the model gave shape [4, 3]"),
     ("NoVectors", "as a tensor, array or list"),
+    ("Dropout", "the unit vector of the same image moves"),
+    ("BatchNorm", "the unit vector of the same image moves"),
+    ("Unmasked", "the unit vector of the same text moves"),
     ("number", "no function or class 'number'"),
 ])
 def test_a_class_that_does_not_fit(cd, capsys, name, complaint):
     assert complaint in error_line(capsys, ev, f"mine.py:{name}", *PAIRS)
+
+
+def test_texts_need_no_image_tower(cd, capsys):
+    report, = evaluate(capsys, "mine.py:TextOnly", "--sts", "sts.csv", "--triplets",
+                       "triplets.json")
+    assert report["sts"]["n"] == 12 and "image_text" not in report["triplets"]["triplets.json"]
+
+
+def test_features_in_one_buffer_are_copied(cd, capsys):
+    argv = [*READABLE, "--batch-size", 4]
+    good, buffer = evaluate(capsys, "mine.py:Good", "mine.py:OneBuffer", *argv)
+    assert buffer["ao"] == good["ao"] and buffer["diff"]["ao_ci"] == [0, 0]
 
 
 def without_vision(folder: Path):
@@ -2500,9 +2638,21 @@ def with_foreign_code(folder: Path):
     (folder / "code.py").write_text("open('ran', 'w')")
 
 
+def with_large_vocabulary(folder: Path):
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"[SEP]"', '"[NEW]"', 1).replace(
+        '"vocab":{', '"vocab":{"[SEP]":99,').replace('"vocab": {', '"vocab": {"[SEP]": 99,'))
+
+
+def of_sentence_transformers(folder: Path):
+    (folder / "config.json").unlink()
+    (folder / "modules.json").write_text("[]")
+
+
 @pytest.mark.parametrize("change, complaint", [
     (without_vision, "weights are missing"),
-    (without_tokenizer, "tokenizer"), (with_foreign_code, "x: neither a checkpoint")])
+    (without_tokenizer, "tokenizer"), (with_foreign_code, "x: expected a checkpoint"),
+    (with_large_vocabulary, "its tokenizer has"), (of_sentence_transformers, "reads this folder")])
 def test_hugging_face_models_are_refused(cd, capsys, monkeypatch, tmp_path, change, complaint):
     monkeypatch.setattr("builtins.input", lambda *question: "y")
     change(shutil.copytree("clip", tmp_path / "x"))
@@ -2510,22 +2660,42 @@ def test_hugging_face_models_are_refused(cd, capsys, monkeypatch, tmp_path, chan
     assert not Path("ran").exists()
 
 
-def test_several_pair_files_are_reported(cd, capsys, tmp_path):
+def test_a_pair_counts_once_in_each_subset(cd, capsys, tmp_path):
     items = json.loads(Path("triplets.json").read_text())
-    # Two pairs stand in both files: the whole counts them once.
-    (tmp_path / "a.json").write_text(json.dumps(items[:8]))
+    for item in items:
+        item["kind"] = "x"
+    # Two pairs stand in both files, one twice in a file.
+    (tmp_path / "a.json").write_text(json.dumps(items[:8] + items[:1]))
     (tmp_path / "b.json").write_text(json.dumps(items[6:]))
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     report, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", *files)
-    assert (report["pairs"], report["files"]["a.json"]["pairs"]) == (15, 8)
+    assert (report["pairs"], report["kinds"]["x"]["pairs"]) == (15, 15)
+    assert [report["files"][name]["pairs"] for name in ("a.json", "b.json")] == [8, 9]
+    # Each negative caption is a pair that changes the meaning.
+    assert report["contrast_pairs"] == report["changed"]["x"]["contrast_pairs"] == 15
 
 
-def test_pairs_of_one_image_resample_together(cd, capsys, tmp_path):
+def test_pairs_of_one_group_resample_together(cd, capsys, tmp_path):
     items = json.loads(Path("triplets.json").read_text())
-    (tmp_path / "copies.json").write_text(json.dumps(items * 4))
-    once, = evaluate(capsys, "clip", *PAIRS)
-    four, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", tmp_path / "copies.json")
-    assert four["ao_ci"] == pytest.approx(once["ao_ci"], abs=1e-12)
+    for i, item in enumerate(items):
+        item["group"] = i // 8
+    (tmp_path / "two.json").write_text(json.dumps(items))
+    (tmp_path / "one.json").write_text(json.dumps([item | {"group": 0} for item in items]))
+    argv = ["clip", *PAIRS[2:], "--pairs"]
+    report, = evaluate(capsys, *argv, tmp_path / "two.json")
+    groups = [np.mean([line["ao"] for line in lines]) for lines in group_lines(capsys, argv, tmp_path)]
+    # Of two groups, some resample holds each alone.
+    assert report["ao_ci"] == pytest.approx(sorted(groups)) and report["groups"] == 2
+    # A single group has no interval, in any metric or direction.
+    report, = evaluate(capsys, *argv, tmp_path / "one.json")
+    assert "_ci" not in json.dumps(report) and report["groups"] == 1
+
+
+def group_lines(capsys, argv, tmp_path) -> tuple[list, list]:
+    evaluate(capsys, *argv, tmp_path / "two.json", "--details", tmp_path / "d.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["same"]]
+    return lines[:8], lines[8:]
 
 
 @pytest.fixture
@@ -2542,10 +2712,16 @@ def benchmark(tmp_path) -> Path:
     return tmp_path / "bench"
 
 
-def test_benchmarks_headline_is_the_first_kind(cd, capsys, benchmark):
-    report, = evaluate(capsys, "clip", "--benchmark", benchmark, "--split", "val", "--workers", 0)
-    assert (report["headline"], report["pairs"], report["split"]) == ("a", 3, "val")
-    assert report["ao"] == report["kinds"]["a"]["ao"] and report["kinds"]["Z"]["pairs"] == 5
+def test_the_top_level_is_all_pairs(cd, capsys, benchmark):
+    split = ["--split", "val", "--workers", 0]
+    report, = evaluate(capsys, "clip", "--benchmark", benchmark, *split)
+    assert (report["pairs"], report["split"]) == (8, "val")
+    # In the order of the file.
+    assert [part["pairs"] for part in report["kinds"].values()] == [3, 5]
+    parts = [part["ao"] * part["pairs"] for part in report["kinds"].values()]
+    assert report["ao"] == pytest.approx(sum(parts) / 8)
+    lines = table_of(capsys, "clip", "--benchmark", benchmark, *split)
+    assert lines.index("kinds a") < lines.index("kinds Z") < lines.index("all pairs")
 
 
 def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
@@ -2560,16 +2736,17 @@ def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
 def test_what_is_left_out_is_said(cd, capsys):
     call(ev, "clip", *PAIRS)
     errors = capsys.readouterr().err
-    assert "1 of 15 named images are not there, such as lost.png" in errors
+    assert "1 of 15 named images are not there, or several have the name, such as lost.png" in errors
     assert "skipped 1 of 15 images: broken.jpg: " in errors
 
 
 def test_models_on_other_images_are_uncompared(cd, capsys, tmp_path):
     # Lists name all images, also the one that clip cannot read.
     items = json.loads(Path("triplets.json").read_text())
-    names = sorted(ev.list_gallery("images"))
+    names = ev.list_gallery("images").names
     write_lists(tmp_path / "x.jsonl", {
-        item[field]: names for item in items for field in ("caption", "caption2")})
+        item[field]: names for item in items
+        for field in ("caption", "caption2", "negative_caption")})
     call(ev, "clip", tmp_path / "x.jsonl", *PAIRS)
     output = capsys.readouterr()
     assert "can read different images" in output.err
@@ -2587,18 +2764,47 @@ def test_tables_fit_100_columns(cd, capsys):
     lines = table_of(capsys, "clip", "siglip", "mine.py:Good", *ALL)
     assert max(len(line) for line in lines) <= 100
     # Five columns make two blocks.
-    assert sum(line.startswith("AO@k minus unrelated") for line in lines) == 2
+    assert sum(line.startswith("AO@5 minus unrelated") for line in lines) == 2
 
 
 def test_few_observations_are_marked(cd, capsys):
-    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@k  ")]
-    assert re.fullmatch(r"AO@k +\d+\.\d ±\d+\.\d\*", row)
+    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@10  ")]
+    assert re.fullmatch(r"AO@10 +\d+\.\d ±\d+\.\d\*", row)
 
 
-def test_markdown_has_equal_columns(cd, capsys):
-    lines = table_of(capsys, "clip", "siglip", *ALL, "--markdown")
-    rows = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {5} and rows[1] == "|---|---:|---:|---:|"
+def test_a_difference_beyond_its_interval_is_marked():
+    estimates = {("ao",): ev.Estimate(0.1, (0.05, 0.2), 50), ("js",): ev.Estimate(0.1, (0, 0.2), 50),
+                 ("ao1",): ev.Estimate(-0.1, (-0.2, -0.05), 9)}
+    column = ev.Column("x", estimates, is_difference=True)
+    assert [column.cell(name) for name in estimates] == ["+10.0 ±7.5≠", "+10.0 ±10.0 ", "-10.0 ±7.5≠"]
+    assert ev.Column("x", {(): ev.Estimate(0.5, None, 1)}).cell(()) == "50.0*"
+
+
+def test_any_model_may_be_the_baseline(cd, capsys):
+    clip, siglip = evaluate(capsys, "clip", "siglip", *PAIRS, "--baseline", "siglip")
+    assert clip["diff"]["ao"] == pytest.approx(clip["ao"] - siglip["ao"]) and "diff" not in siglip
+
+
+def test_a_failure_costs_no_other_models_numbers(cd, capsys):
+    argv = ["mine.py:Good", "mine.py:NaN", "nowhere", "siglip", *PAIRS]
+    with pytest.raises(SystemExit):
+        call(ev, *argv, "--details", "d.jsonl")
+    output = capsys.readouterr()
+    reports = json.loads(output.out.splitlines()[-1])
+    assert [report["model"] for report in reports] == ["mine.py:Good", "siglip"]
+    assert "error: mine.py:NaN: " in output.err and "nowhere: expected" in output.err
+    assert len(Path("d.jsonl").read_text().splitlines()) == 2 * 30
+
+
+@pytest.mark.parametrize("output", [
+    "./triplets.json", "link.json", "mine.py", "images/new.png", "clip/model.safetensors",
+    "images/sub/01.png"])
+def test_no_output_overwrites_an_input(cd, capsys, output):
+    if not os.path.lexists("link.json"):
+        os.symlink("triplets.json", "link.json")
+    before = Path("triplets.json").read_bytes()
+    message = error_line(capsys, ev, "clip", "mine.py:Good", *PAIRS, "--json", output)
+    assert "another flag names" in message and Path("triplets.json").read_bytes() == before
 
 
 def test_prompts_are_named(cd, capsys):
@@ -2614,11 +2820,11 @@ def test_labels_are_short_and_different(models, labels):
     assert ev.short_names(models) == labels
 
 
-@pytest.mark.parametrize("flag", ["json", "details", "figure", "summary"])
+@pytest.mark.parametrize("flag", ["json", "details", "figure"])
 def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe")
     message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / "pipe")
-    assert "not a regular file" in message
+    assert "no regular file" in message
 
 
 def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
@@ -2638,45 +2844,31 @@ def test_half_a_surrogate_in_a_query(cd, capsys):
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
-    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", summary=tmp_path / "y.png")
+    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png")
     reports = evaluate(capsys, "clip", "siglip", *PAIRS, *flags(**files))
     assert json.loads(files["json"].read_text()) == reports
-    assert Image.open(files["figure"]).width == Image.open(files["summary"]).width == 1280
+    assert Image.open(files["figure"]).width == 1280
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     ("", "run `python paraclip.py` first"),
     ("none.py:f --sts sts.csv", "no such file"),
-    ("mine.py --sts sts.csv", "mine.py:NAME"),
+    ("mine.py --sts sts.csv", "FILE.py:NAME"),
     ("clip --captions captions.json --images classes", "none of the 10 named"),
     ("clip --pairs triplets.json", "--pairs needs --images"),
-    ("clip --images images", "what to search for"),
-    ("clip --sts sts.csv --k 5", "--k is"),
-    ("clip --sts sts.csv --figure x.png", "--figure shows pairs"),
-    ("clip --sts sts.csv --split val", "--benchmark and --split have no effect"),
+    ("clip --sts sts.csv --figure x.png", "--figure show pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
-    ("clip --sts sts.csv --templates templates.txt", "belong to --zeroshot"),
-    ("clip --zeroshot classes --classnames sts.csv", "expected 2 class names"),
     ("clip --images images --query dog", "belong together"),
-    ("clip --images images --query= --paraphrase=", "must not be empty"),
+    ("clip --images images --query= --paraphrase=", "a text each"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
-    ("clip --zeroshot classes --templates templates.txt --json templates.txt", "another flag"),
-    ("clip --zeroshot classes --classnames names.txt --json names.txt", "another flag"),
-    ("clip --zeroshot labels.json --images images --json labels.json", "another flag"),
-    ("clip --pairs triplets.json triplets.json --images images", "triplets.json is given twice"),
-    ("clip --pairs triplets.json --images images --json no/x", "its folder does not exist"),
-    ("clip --pairs triplets.json --images images --figure x.jpg", ".png files"),
-    ("clip clip --sts sts.csv", "two models have this name"),
-    ("mine.py:Good none.py:f --sts sts.csv", "no such file"),
-    ("clip siglip --sts sts.csv --labels one", "1 names for 2 models"),
+    ("clip --pairs triplets.json --images images --json no/x", "in no folder"),
+    ("clip --pairs triplets.json --images images --figure x.jpg", "ends in .png"),
+    ("clip clip --sts sts.csv", "give each model once"),
+    ("clip siglip --sts sts.csv --labels one", "2 models are called ['one']"),
     ("clip --sts sts.csv --device nothing", "--device nothing"),
+    ("clip --sts sts.csv --baseline other", "expected one of ['clip']"),
+    ("sts.csv --sts sts.csv", "expected a checkpoint, a run folder, FILE.py:NAME"),
+    ("clip --pairs triplets.json --images images --json x --details ./x", "another flag"),
 ])
 def test_mistakes_end_in_one_line(cd, capsys, arguments, complaint):
     assert complaint in error_line(capsys, ev, *arguments.split())
-
-
-def test_sts_without_rows_is_refused(tmp_path):
-    path = tmp_path / "dev.csv"
-    path.write_text("sentence1,sentence2,score\n")
-    with pytest.raises(UserError, match="expected rows"):
-        ev.read_sts(path)
