@@ -653,7 +653,7 @@ class Gallery:
         self.known.update({plain(name): name for name in images})
 
     def find(self, name: str) -> str | None:
-        """The gallery's own name of an image; None if there is none, or if several have the name."""
+        """The gallery's own name of an image; None if none, or more than one, has the name."""
         if name in self.images:
             return name
         # COCO's and others' files name the folder as well.
@@ -958,7 +958,7 @@ def read_lines(path) -> list[str]:
 
 
 def read_classnames(path) -> list[str]:
-    """A class name per line; the first of ImageNet's lines such as "n01440764 tench, Tinca tinca"."""
+    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca"."""
     return [re.sub(r"^n\d{8} ([^,]*).*", r"\1", line) for line in read_lines(path)]
 
 
@@ -1105,7 +1105,7 @@ def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def comparisons(pairs: list[Pair]) -> np.ndarray:
-    """(C, 2): indices of all two pairs that keep and that change the meaning of a text in common."""
+    """(C, 2): indices of a pair that keeps and one that changes the meaning of the same text."""
     kept, changed = {}, {}
     for i, pair in enumerate(pairs):
         for text in (pair.query, pair.paraphrase):

@@ -2271,6 +2271,18 @@ def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
             reader(file)
 
 
+def test_a_trec_run_becomes_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Not in the order of the ranks, which 10 and 2 would have as text.
+    lines = ["t1 Q0 b.jpg 10 0.5 me", "t2 Q0 c.jpg 1 0.9 me", "t1 Q0 a.jpg 2 0.7 me"]
+    (tmp_path / "run.trec").write_text("\n".join(lines) + "\n")
+    page = (HERE / "docs/formats.md").read_text()
+    snippet, = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+                if "run.trec" in block]
+    exec(snippet, {"texts": {"t1": "a dog", "t2": "a cat"}})
+    assert ev.read_lists("engine.jsonl") == {"a dog": ["a.jpg", "b.jpg"], "a cat": ["c.jpg"]}
+
+
 def test_classes_come_from_folders(tmp_path):
     folder = write_images(tmp_path / "f", "10/a.PNG", "9/a.png", "9/.y.jpg", "stray.png",
                           ".hidden/a.png")
