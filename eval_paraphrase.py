@@ -32,6 +32,7 @@ import math
 import os
 import re
 import sys
+import tarfile
 import textwrap
 import traceback
 import unicodedata
@@ -963,8 +964,8 @@ def read_classnames(path) -> list[str]:
 
 
 def read_templates(path) -> list[str]:
-    """Prompts, one per line, each with {} where the class name goes."""
-    templates = read_lines(path)
+    """Prompts, one per line, each with {} (CLIP_benchmark: {c}) where the class name goes."""
+    templates = [line.replace("{c}", "{}") for line in read_lines(path)]
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{path}: expected {{}} for the class name in {template!r}")
@@ -986,11 +987,15 @@ def read_labels(path) -> tuple[list[str], dict[str, int]]:
     return names, labels
 
 
+# What CLIP_benchmark writes beside the shards of a classification set.
+CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
+
+
 def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
     """(gallery, class names, {image name: class index}, where the names are from) of a test set.
 
-    source is a folder with a folder per class, imagenet:ROOT (those of ROOT/val), or cifar10:ROOT
-    or cifar100:ROOT (torchvision's). Class names are torchvision's for CIFAR and for ImageNet's
+    source is a folder with a folder per class, or of shards with KEY.cls as CLIP_benchmark has them,
+    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Class names are torchvision's for CIFAR and for ImageNet's
     1000 folders, otherwise those of the folders, with spaces for underscores. Raises UserError.
     """
     kind, colon, root = source.partition(":")
@@ -1001,6 +1006,17 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
                   for i, pixels in enumerate(dataset.data)}
         labels = dict(zip(images, dataset.targets))
         return Gallery(images), dataset.classes, labels, "torchvision"
+
+    if Path(source, CLASS_NAMES).is_file():
+        gallery, labels = list_gallery(f"{source}/test"), {}
+        for shard in Path(source, "test").glob("*.tar"):
+            with expecting(shard, "KEY.cls, the number of its class, beside each image"):
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, _, extension = member.name.rpartition(".")
+                        if extension == "cls" and key in gallery.images:
+                            labels[key] = int(tar.extractfile(member).read())
+        return gallery, read_lines(Path(source, CLASS_NAMES)), labels, CLASS_NAMES
 
     is_imagenet = bool(colon) and kind == "imagenet"
     folder = Path(root).expanduser() / "val" if is_imagenet else Path(source)
@@ -1409,8 +1425,9 @@ class ZeroShot(Task):
             raise UserError(f"{names_from}: {len(twice)} names stand for several classes, such as "
                             f"{twice[0]!r}: give different ones with --classnames")
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
-        if cfg.templates:
-            self.templates, templates_from = read_templates(cfg.templates), cfg.templates
+        if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
+            templates_from = cfg.templates or PROMPTS
+            self.templates = read_templates(cfg.templates or Path(cfg.zeroshot, PROMPTS))
         self.sources = {("zeroshot", "classnames"): f"from {names_from}",
                         ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 

@@ -1969,8 +1969,10 @@ def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     # So many that candidates are looked for: some alone, some equal, some closer than fp32 tells.
     gallery = torch.randn(9001, 64).double()
     gallery[3000:3100] = gallery[0]
-    gallery[6000:9001:3] = gallery[1] + 1e-7 * torch.randn(1001, 64)
-    return gallery[[0, 1, 2, 8999]] + 0.01, gallery
+    gallery[6000:8950:3] = gallery[1] + 1e-7 * torch.randn(984, 64)
+    # Three that are equal, not in the order of the blocks; 8960 is the first one behind them.
+    gallery[[70, 500, 7]] = gallery[2]
+    return gallery[[0, 1, 2, 8960]] + 0.01, gallery
 
 
 @pytest.mark.parametrize("kind", ["few", "nearly equal", "copies", "large"])
@@ -2329,6 +2331,16 @@ def test_class_names_must_be_words_and_different(tmp_path, folders, names, compl
         cfg.classnames = str(tmp_path / "names.txt")
     with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
         assert ev.ZeroShot(cfg, None).classnames == ["x", "y"]
+
+
+def test_classes_in_shards_of_clip_benchmark(tmp_path):
+    members = [member for i in (2, 0, 1) for member in sample(i) + [(f"{i:05d}.cls", b"%d\n" % i)]]
+    write_tar(tmp_path / "test/0.tar", members)
+    (tmp_path / "classnames.txt").write_text("ant\nbee\ncow\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+    task = ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path)), None)
+    assert task.labels == {"00000": 0, "00001": 1, "00002": 2} and task.templates == ["a {}."]
+    assert task.classnames == ["ant", "bee", "cow"] and task.gallery.names[0] == "00002"
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
