@@ -1971,7 +1971,7 @@ def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     gallery[3000:3100] = gallery[0]
     gallery[6000:8950:3] = gallery[1] + 1e-7 * torch.randn(984, 64)
     # Three that are equal, not in the order of the blocks; 8960 is the first one behind them.
-    gallery[[70, 500, 7]] = gallery[2]
+    gallery[[70, 500, 7]] = gallery[2].clone()
     return gallery[[0, 1, 2, 8960]] + 0.01, gallery
 
 
