@@ -105,7 +105,7 @@ def check_flags(cfg: EvalConfig):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
-    read = [cfg.captions, cfg.sts, cfg.zeroshot, cfg.classnames, cfg.templates, cfg.images,
+    read = [cfg.captions, cfg.sts, cfg.zeroshot.rpartition(":")[2], cfg.classnames, cfg.templates, cfg.images,
             *cfg.pairs, *cfg.triplets]
     for name in cfg.models:
         # Of a run folder this is read; measurements may lie beside it.
