@@ -2375,6 +2375,10 @@ class BatchNorm(Good):
 class Unmasked(Good):
     def encode_text(self, texts):
         return [[len(t), max(map(len, texts)), t.count("d")] for t in texts]
+class Complex(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3) * 1j
+class Sparse(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3).to_sparse()
 class Zero(Good):
     def encode_text(self, texts): return [[1e-20 * len(t), 0, 0] for t in texts]
 class OtherWidth(Good):
@@ -2636,9 +2640,11 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     ("TextOnly", "the model has no preprocess()"),
     ("OtherWidth", "image features have 3 numbers, text features 4"),
     ("AnySize", "the same shape for every image"),
-    ("NaN", "finite numbers"),
+    ("NaN", "for 3 inputs, the shape is [3, 3]"),
     ("Zero", "not all of them 0"),
-    ("Fewer", "for each of 45 inputs; the model gave shape [4, 3]"),
+    ("Complex", "a vector of finite numbers"),
+    ("Sparse", "as a tensor, array or list"),
+    ("Fewer", "for 45 inputs, the shape is [4, 3]"),
     ("NoVectors", "as a tensor, array or list"),
     ("Dropout", "the unit vector of the same image moves"),
     ("BatchNorm", "the unit vector of the same image moves"),
