@@ -2368,7 +2368,7 @@ class OneBuffer(Good):
         rows[:] = torch.tensor(Good.encode_text(self, texts))
         return rows
 class Dropout(Good):
-    def encode_image(self, batch): return torch.nn.functional.dropout(batch[:, :3])
+    def encode_image(self, batch): return batch[:, :3] + 99 * torch.rand(len(batch), 3)
 class BatchNorm(Good):
     norm = torch.nn.BatchNorm1d(3)
     def encode_image(self, batch): return self.norm(torch.cat([batch, 2 * batch])[:, :3])[::2]
