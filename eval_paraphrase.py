@@ -32,6 +32,7 @@ import math
 import os
 import re
 import sys
+import tarfile
 import textwrap
 import traceback
 import unicodedata
@@ -104,8 +105,8 @@ def check_flags(cfg: EvalConfig):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
-    read = [cfg.captions, cfg.sts, cfg.zeroshot, cfg.classnames, cfg.templates, cfg.images,
-            *cfg.pairs, *cfg.triplets]
+    read = [cfg.captions, cfg.sts, cfg.zeroshot.rpartition(":")[2], cfg.classnames, cfg.templates,
+            cfg.images, *cfg.pairs, *cfg.triplets]
     for name in cfg.models:
         # Of a run folder this is read; measurements may lie beside it.
         checkpoint = Path(name, "model.pt")
@@ -607,17 +608,18 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
     name: of the model, for UserError, if it does not return them.
     """
     features = encoder(batch)
-    with expecting(name, "encode_image and encode_text to return features (B, E) as a tensor, "
-                         "array or list"):
+    with expecting(name, "encode_image and encode_text to return a vector of finite numbers, not "
+                         "all of them 0, for each input, as a tensor, array or list (B, E)"):
+        features = torch.as_tensor(features)
+        if features.is_complex():
+            raise ValueError("they are complex")
         # A copy, since an encoder may fill one buffer again and again.
-        features = torch.as_tensor(features).to("cpu", torch.float32, copy=True)
-        shape = list(features.shape)
-    # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as would
-    # the direction of a vector without length.
-    if len(shape) != 2 or shape[0] != size or not features.isfinite().all() \
-            or not (features.norm(dim=-1) > 1e-12).all():
-        raise UserError(f"{name}: expected a vector of finite numbers, not all of them 0, for each "
-                        f"of {size} inputs; the model gave shape {shape}")
+        features = features.to("cpu", torch.float32, copy=True)
+        # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as
+        # would the direction of a vector without length.
+        if features.ndim != 2 or len(features) != size or not features.isfinite().all() \
+                or not (features.norm(dim=-1) > 1e-12).all():
+            raise ValueError(f"for {size} inputs, the shape is {list(features.shape)}")
     return features
 
 
@@ -963,8 +965,8 @@ def read_classnames(path) -> list[str]:
 
 
 def read_templates(path) -> list[str]:
-    """Prompts, one per line, each with {} where the class name goes."""
-    templates = read_lines(path)
+    """Prompts, one per line, each with {} (CLIP_benchmark: {c}) where the class name goes."""
+    templates = [line.replace("{c}", "{}") for line in read_lines(path)]
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{path}: expected {{}} for the class name in {template!r}")
@@ -986,12 +988,17 @@ def read_labels(path) -> tuple[list[str], dict[str, int]]:
     return names, labels
 
 
+# What CLIP_benchmark writes beside the shards of a classification set.
+CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
+
+
 def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
     """(gallery, class names, {image name: class index}, where the names are from) of a test set.
 
-    source is a folder with a folder per class, imagenet:ROOT (those of ROOT/val), or cifar10:ROOT
-    or cifar100:ROOT (torchvision's). Class names are torchvision's for CIFAR and for ImageNet's
-    1000 folders, otherwise those of the folders, with spaces for underscores. Raises UserError.
+    source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
+    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
+    torchvision's for CIFAR and for ImageNet's 1000 folders, otherwise those of the folders, with
+    spaces for underscores. Raises UserError.
     """
     kind, colon, root = source.partition(":")
     if colon and kind in ("cifar10", "cifar100"):
@@ -1001,6 +1008,17 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
                   for i, pixels in enumerate(dataset.data)}
         labels = dict(zip(images, dataset.targets))
         return Gallery(images), dataset.classes, labels, "torchvision"
+
+    if Path(source, CLASS_NAMES).is_file():
+        gallery, labels = list_gallery(f"{source}/test"), {}
+        for shard in Path(source, "test").glob("*.tar"):
+            with expecting(shard, "KEY.cls, the number of its class, beside each image"):
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, _, extension = member.name.rpartition(".")
+                        if extension == "cls" and key in gallery.images:
+                            labels[key] = int(tar.extractfile(member).read())
+        return gallery, read_lines(Path(source, CLASS_NAMES)), labels, CLASS_NAMES
 
     is_imagenet = bool(colon) and kind == "imagenet"
     folder = Path(root).expanduser() / "val" if is_imagenet else Path(source)
@@ -1409,8 +1427,9 @@ class ZeroShot(Task):
             raise UserError(f"{names_from}: {len(twice)} names stand for several classes, such as "
                             f"{twice[0]!r}: give different ones with --classnames")
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
-        if cfg.templates:
-            self.templates, templates_from = read_templates(cfg.templates), cfg.templates
+        if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
+            templates_from = cfg.templates or PROMPTS
+            self.templates = read_templates(cfg.templates or Path(cfg.zeroshot, PROMPTS))
         self.sources = {("zeroshot", "classnames"): f"from {names_from}",
                         ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 
@@ -1729,7 +1748,8 @@ def main(argv=None):
                 file.write(json.dumps(record).encode() + b"\n")
     if cfg.figure and details:
         from demo.figure import draw_pairs
-        draw_pairs(cfg.figure, tasks[0].gallery, details, tasks[0].k, open_image)
+        draw_pairs(cfg.figure, tasks[0].gallery.images, reports[0]["gallery"], details, tasks[0].k,
+                   open_image)
     if failures:
         raise UserError("; ".join(failures))
 

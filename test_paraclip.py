@@ -1969,8 +1969,10 @@ def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     # So many that candidates are looked for: some alone, some equal, some closer than fp32 tells.
     gallery = torch.randn(9001, 64).double()
     gallery[3000:3100] = gallery[0]
-    gallery[6000:9001:3] = gallery[1] + 1e-7 * torch.randn(1001, 64)
-    return gallery[[0, 1, 2, 8999]] + 0.01, gallery
+    gallery[6000:8950:3] = gallery[1] + 1e-7 * torch.randn(984, 64)
+    # Three that are equal, not in the order of the blocks; 8960 is the first one behind them.
+    gallery[[70, 500, 7]] = gallery[2].clone()
+    return gallery[[0, 1, 2, 8960]] + 0.01, gallery
 
 
 @pytest.mark.parametrize("kind", ["few", "nearly equal", "copies", "large"])
@@ -2331,6 +2333,16 @@ def test_class_names_must_be_words_and_different(tmp_path, folders, names, compl
         assert ev.ZeroShot(cfg, None).classnames == ["x", "y"]
 
 
+def test_classes_in_shards_of_clip_benchmark(tmp_path):
+    members = [member for i in (2, 0, 1) for member in sample(i) + [(f"{i:05d}.cls", b"%d\n" % i)]]
+    write_tar(tmp_path / "test/0.tar", members)
+    (tmp_path / "classnames.txt").write_text("ant\nbee\ncow\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+    task = ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path)), None)
+    assert task.labels == {"00000": 0, "00001": 1, "00002": 2} and task.templates == ["a {}."]
+    assert task.classnames == ["ant", "bee", "cow"] and task.gallery.names[0] == "00002"
+
+
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
     pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
     dataset = Namespace(classes=["x", "y"], targets=[1, 0], data=pixels)
@@ -2356,13 +2368,17 @@ class OneBuffer(Good):
         rows[:] = torch.tensor(Good.encode_text(self, texts))
         return rows
 class Dropout(Good):
-    def encode_image(self, batch): return torch.nn.functional.dropout(batch[:, :3])
+    def encode_image(self, batch): return batch[:, :3] + 99 * torch.rand(len(batch), 3)
 class BatchNorm(Good):
     norm = torch.nn.BatchNorm1d(3)
     def encode_image(self, batch): return self.norm(torch.cat([batch, 2 * batch])[:, :3])[::2]
 class Unmasked(Good):
     def encode_text(self, texts):
         return [[len(t), max(map(len, texts)), t.count("d")] for t in texts]
+class Complex(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3) * 1j
+class Sparse(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3).to_sparse()
 class Zero(Good):
     def encode_text(self, texts): return [[1e-20 * len(t), 0, 0] for t in texts]
 class OtherWidth(Good):
@@ -2624,9 +2640,11 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     ("TextOnly", "the model has no preprocess()"),
     ("OtherWidth", "image features have 3 numbers, text features 4"),
     ("AnySize", "the same shape for every image"),
-    ("NaN", "finite numbers"),
+    ("NaN", "for 3 inputs, the shape is [3, 3]"),
     ("Zero", "not all of them 0"),
-    ("Fewer", "for each of 45 inputs; the model gave shape [4, 3]"),
+    ("Complex", "a vector of finite numbers"),
+    ("Sparse", "as a tensor, array or list"),
+    ("Fewer", "for 45 inputs, the shape is [4, 3]"),
     ("NoVectors", "as a tensor, array or list"),
     ("Dropout", "the unit vector of the same image moves"),
     ("BatchNorm", "the unit vector of the same image moves"),
