@@ -1308,15 +1308,15 @@ Grüne buffalo
 
 
 def pairs_by_hand() -> list[dict]:
-    pairs = []
+    pairs, caption = [], ""
     for line in EDITS_BY_HAND.strip().splitlines():
-        if line[:2] in ("= ", "! "):
-            kind, text = line[2:].split(": ")
-            pairs.append({"query": caption, "paraphrase": text, "kind": kind})
-            if line[0] == "!":
-                pairs[-1]["same"] = False
-        else:
+        if line[:2] not in ("= ", "! "):
             caption = line
+            continue
+        kind, text = line[2:].split(": ")
+        pairs.append({"query": caption, "paraphrase": text, "kind": kind})
+        if line[0] == "!":
+            pairs[-1]["same"] = False
     return pairs
 
 
