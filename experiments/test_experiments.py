@@ -78,6 +78,15 @@ SICK = [
     sick_row("A dog is small", "A dog is little", 1, score=4.4),
     sick_row("There is no dog", "There is no hound", 1),
     sick_row("A man is slicing", "A man is cutting", 0, original="a video of a man"),
+    sick_row("Nobody is near a cat", "A cat is near", 37, relation="contradicts"),
+    sick_row("A dog sees a cat", "A cat sees the dog", 38, relation="neutral"),
+    sick_row("A dog sees a cat", "Cats see a dog", 38, relation="neutral"),
+    sick_row("A dog is in", "The dog is in", 38),
+    # These contradict each other in one direction only.
+    sick_row("A cow is small", "A cow is big", 38) | {"entailment_AB": "A_contradicts_B"},
+    # No image is common to the captions that they were made from.
+    sick_row("A fox is small", "A fox is big", 38, relation="contradicts")
+    | {"sentence_B_original": CAPTIONS["39.jpg"][0]},
 ]
 
 
@@ -153,12 +162,24 @@ def test_images_of_sts_sentences_are_not_trained_on(official, tmp_path):
 
 
 def test_pairs_are_those_that_people_judged_equal(benchmark):
-    pairs = read_pairs(benchmark / "test")
+    pairs = [pair for pair in read_pairs(benchmark / "test") if "same" not in pair]
     pairs = [(pair["query"], pair["image"], pair["kind"]) for pair in pairs]
     assert pairs == [("A dog is leaping", "0", "words"),
                      ("A horse runs to a lake", "38", "words"),
                      ("A duck is being eaten by a cat", "36", "order"),
-                     ("A cat is asleep", "31", "article")]
+                     ("A cat is asleep", "31", "article"),
+                     ("A dog is in", "38", "article")]
+
+
+def test_opposites_are_those_that_people_judged_so_and_come_last(benchmark):
+    pairs = read_pairs(benchmark / "test")
+    assert pairs[5:] == [
+        {"query": "Nobody is near a cat", "paraphrase": "A cat is near", "group": "37",
+         "kind": "opposite: negation", "same": False},
+        {"query": "A dog is small", "paraphrase": "A dog is big", "group": "1",
+         "kind": "opposite: words", "same": False},
+        {"query": "A dog sees a cat", "paraphrase": "A cat sees the dog", "group": "38",
+         "kind": "opposite: roles", "same": False}]
 
 
 def test_val_pairs_come_from_captions_alone():
