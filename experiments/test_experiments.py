@@ -19,7 +19,7 @@ import data
 import eval_paraphrase
 import paraclip
 from common.cli import UserError, parse_config
-from experiments import ablation, curve, flickr8k, speed, where_lost
+from experiments import ablation, curve, flickr8k, invariance, speed, where_lost
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
@@ -197,6 +197,76 @@ def test_the_same_bytes_on_every_run(official, benchmark, tmp_path):
     flickr8k.main([str(official), f"{official}/SICK.txt", "--out", f"{tmp_path}/again"])
     for path in benchmark.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(benchmark)).read_bytes()
+
+
+# ---- AO, contrast and LGIP's invariance error ----------------------------------------------------
+def test_only_ranks_are_blind_to_a_narrow_cone():
+    rng = np.random.default_rng(0)
+    names, texts = [f"{i}.jpg" for i in range(40)], [f"text {i}" for i in range(30)]
+
+    def unit_vectors(keys):
+        return {key: vector / np.linalg.norm(vector)
+                for key, vector in zip(keys, rng.normal(size=(len(keys), 8)))}
+
+    def in_a_cone(vectors):
+        # A cosine c becomes (c + 3) / 4: the same order, and differences of a quarter.
+        return {key: np.append(vector, 3 ** 0.5) for key, vector in vectors.items()}
+
+    images, features = unit_vectors(names), unit_vectors(texts)
+    pairs = [{"query": texts[i], "paraphrase": texts[i + 10], "image": names[i]}
+             for i in range(10)]
+    pairs += [{"query": texts[i + 20], "paraphrase": texts[i], "same": False} for i in range(10)]
+    wide = invariance.measure(pairs, images, features)
+    narrow = invariance.measure(pairs, in_a_cone(images), in_a_cone(features))
+    assert (narrow["ao"], narrow["contrast"]) == (wide["ao"], wide["contrast"])
+    assert narrow["invariance_error"] == pytest.approx(wide["invariance_error"] / 4)
+
+    # The definitions once more, slowly.
+    overlaps, errors = [], []
+    for pair in pairs:
+        scores = np.stack(list(images.values())) @ np.stack(
+            [features[pair["query"]], features[pair["paraphrase"]]]).T
+        first, second = np.argsort(-scores, axis=0).T
+        overlaps.append(eval_paraphrase.average_overlap(first[None], second[None], 10).item())
+        if "image" in pair:
+            errors.append(abs(np.subtract(*scores[names.index(pair["image"])])))
+    assert wide["ao"] == pytest.approx(np.mean(overlaps[:10]))
+    assert wide["invariance_error"] == pytest.approx(np.mean(errors))
+    kept, changed = overlaps[:10], overlaps[10:]
+    wins = np.where(np.isclose(kept, changed), 0.5, np.greater(kept, changed))
+    assert wide["contrast"] == np.mean(wins)
+
+
+def test_a_model_that_hears_nothing_has_no_contrast():
+    images = {f"{i}.jpg": np.eye(12)[i] for i in range(12)}
+    texts = dict.fromkeys(["a dog", "a hound", "no dog", "no hound"], np.arange(12.0))
+    pairs = [{"query": "a dog", "paraphrase": "a hound", "image": "0.jpg"},
+             {"query": "a dog", "paraphrase": "no dog", "same": False},
+             {"query": "no hound", "paraphrase": "a hound", "same": False}]
+    deaf = invariance.measure(pairs, images, texts)
+    assert deaf == {"ao": 1, "contrast": 0.5, "invariance_error": 0}
+    # One that tells one of the two opposites from the paraphrase.
+    half = invariance.measure(pairs, images, texts | {"no dog": -np.arange(12.0)})
+    assert half["contrast"] == 0.75
+    with pytest.raises(UserError, match="share a sentence"):
+        invariance.measure(pairs[:1], images, texts)
+
+
+def test_invariance_of_a_run(benchmark, lm, tmp_path, capsys):
+    paraclip.main(flags(data=benchmark / "train", out=tmp_path / "run", **TINY | dict(lm=lm)))
+    model = paraclip.load_model(tmp_path / "run")
+    with open(benchmark / "test/pairs.jsonl", "a") as file:
+        file.write('{"query": "A cat is awake", "paraphrase": "A cat is asleep", "same": false}\n')
+    pairs = read_pairs(benchmark / "test")
+    texts = [pair[side] for pair in pairs for side in ("query", "paraphrase")]
+    images, features = invariance.encode(model, benchmark / "test", texts, batch_size=3)
+    assert images.keys() == images_in(benchmark / "test")
+    np.savez(tmp_path / "vectors.npz", names=list(images), images=list(images.values()),
+             texts=list(features), text_features=list(features.values()))
+    capsys.readouterr()
+    invariance.main([str(benchmark / "test"), str(tmp_path / "run"), f"{tmp_path}/vectors.npz"])
+    run, vectors = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert run == pytest.approx(vectors, abs=1e-5)
 
 
 # ---- ablation ------------------------------------------------------------------------------------
