@@ -1590,15 +1590,17 @@ def table_of(columns: list[Column]) -> tuple[list[str], list]:
         rows = [(row_title(name[-1:], k), [column.cell(name) for column in columns])
                 for name in names]
         table.append((title, rows))
-    return [f"{row_title(name, k)}: {text}" for name, text in texts.items()], table
+    lines = [f"{row_title(name, k)}: {text}" for name, text in texts.items()]
+    lines.append(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, "
+                 "groups or queries.")
+    lines.append("≠: a difference from 0 beyond its interval.")
+    return lines, table
 
 
 def print_table(columns: list[Column]):
     """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
     lines, table = table_of(columns)
-    print(*lines, sep="\n", end="\n" if lines else "")
-    print(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, groups or "
-          "queries.\n≠: a difference from 0 beyond its interval.")
+    print("\n".join(lines))
     for start in range(0, len(columns), 4):
         block = columns[start:start + 4]
         print()

@@ -1,7 +1,7 @@
 """The page of eval_paraphrase.py: numbers, and what every query and its paraphrase find.
 
-One HTML file that needs nothing else, not even a network. Above, all results and a bar for each kind
-of pair and model; below, pair by pair, the images that the two texts find with each model.
+One HTML file that needs nothing else, not even a network. Above, all results and a bar for each
+kind of pair and model; below, pair by pair, the images that the two texts find with each model.
 """
 
 import base64
@@ -30,7 +30,7 @@ STYLE = """
   --bar: #3f6fc4 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.45 system-ui, sans-serif }
+  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: .5rem 0 }
 h2 { font-size: 1.15rem; margin: 1.6rem 0 .5rem }
 p { margin: .4rem 0; max-width: 46rem }
@@ -38,12 +38,12 @@ p { margin: .4rem 0; max-width: 46rem }
 :focus-visible { outline: 3px solid var(--both); outline-offset: 2px }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
+caption { text-align: left }
 th, td { padding: .15rem .6rem .15rem 0; text-align: left; font-weight: normal }
 .numbers td, .numbers thead th { text-align: right; white-space: pre; vertical-align: bottom;
   font-variant-numeric: tabular-nums }
 .numbers th[scope=rowgroup], .bars th[scope=rowgroup] { font-weight: 600; padding-top: .6rem }
 .bars { width: 100%; max-width: 46rem }
-.bars th, .bars td { overflow-wrap: anywhere }
 .bars td:last-child { white-space: nowrap; text-align: right; padding-right: 0 }
 .bar { width: 55% }
 .bar div { position: relative; height: 1.1rem; background: var(--card);
@@ -52,26 +52,27 @@ th, td { padding: .15rem .6rem .15rem 0; text-align: left; font-weight: normal }
 .bar u { position: absolute; top: 45%; height: 2px; background: var(--ink) }
 .bar s, s.sample { position: absolute; top: -3px; bottom: -3px; width: 0;
   border-left: 3px dotted var(--bad) }
-s.sample { position: static; padding: .1rem }
+s.sample { position: static; margin: 0 .6rem 0 .3rem }
 summary { cursor: pointer; padding: .4rem 0 }
 form { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1rem;
   align-items: end; padding: .6rem 0; background: var(--page);
   border-bottom: 1px solid var(--line) }
-label { font-size: .85rem; color: var(--soft) }
+label { max-width: 100%; font-size: .85rem; color: var(--soft) }
 select, input { display: block; max-width: 100%; font: inherit; padding: .3rem .4rem;
   color: var(--ink); background: var(--card); border: 1px solid var(--soft); border-radius: .3rem }
 article { margin: 1rem 0; padding: .9rem 1rem 1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: .6rem; overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: .6rem;
   content-visibility: auto; contain-intrinsic-size: auto 22rem }
 article[hidden] { display: none }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: .2rem 2rem }
+.two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .2rem 2.5rem }
 h3 { font-size: 1.05rem; margin: .1rem 0 .4rem }
-h3 small, h4, .tag { display: block; font-size: .85rem; font-weight: normal; color: var(--soft) }
-h4 { margin: .7rem 0 .3rem; font-size: .95rem }
+h3 small, .tag { display: block; font-size: .85rem; font-weight: normal; color: var(--soft) }
+.tag { margin: 0 0 .5rem }
+h4 { margin: .8rem 0 .4rem; font-size: .95rem; font-weight: normal; color: var(--soft) }
 h4 b { color: var(--ink) }
 .changed .tag { color: var(--bad); font-weight: 600 }
-ol { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem; margin: 0; padding: 0;
-  list-style: none }
+ol { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: .6rem;
+  margin: 0; padding: 0; list-style: none }
 li { position: relative; aspect-ratio: 1 }
 img { width: 100%; height: 100%; object-fit: contain; border-radius: .3rem; font-size: .7rem;
   overflow: hidden; background: var(--page); outline: 1px solid var(--line) }
@@ -79,14 +80,16 @@ img { width: 100%; height: 100%; object-fit: contain; border-radius: .3rem; font
 .right::after { content: "✓"; position: absolute; top: .2rem; right: .2rem; width: 1.5rem;
   line-height: 1.5rem; text-align: center; font-weight: 700; color: #fff; background: #18793c;
   border: 1px solid #fff; border-radius: 50% }
-.legend span { display: inline-block; margin-right: 1.2rem }
+.legend > span { margin-right: 1.2rem }
 .legend .both::before { content: ""; display: inline-block; width: 1em; height: 1em;
   margin-right: .4em; vertical-align: -.12em; border: 4px solid var(--both);
   border-radius: .2rem }
-.legend .check { color: var(--good); font-weight: 700 }
+.legend b { color: var(--good); margin-right: .4em }
 @media (max-width: 45rem) {
-  .two { grid-template-columns: 1fr; gap: .7rem }
+  .two { grid-template-columns: minmax(0, 1fr); gap: .7rem }
   ol { gap: .4rem }
+  ol::before { content: attr(aria-label); grid-column: 1 / -1; font-size: .85rem;
+    color: var(--soft) }
   form { position: static }
   article { padding: .7rem }
 }
@@ -144,7 +147,7 @@ def write_report(path, headers, table, reports, gallery, details, k, open_image,
         content = page.encode("utf-8", "replace")
         if len(content) <= MAX_BYTES or count == 1:
             break
-        count = len(chosen) // 2
+        count = max(1, len(chosen) // 2)
     with atomic_write(path) as file:
         file.write(content)
 
@@ -228,14 +231,17 @@ def bars_html(reports: dict[str, dict], k: int) -> str:
     return "".join(parts) + "</table>"
 
 
-def list_html(record: dict, side: str, other: str, k: int, number_of: dict) -> str:
-    """The images that one of the two texts finds, best first."""
+def list_html(record: dict, side: str, other: str, k: int, number_of: dict, titles: dict) -> str:
+    """The images that one of the two texts finds, best first.
+
+    number_of: the place of each image's thumbnail. titles: what is known to be on an image.
+    """
     items, others = [], record[f"{other}_ranking"][:k]
     for rank, name in enumerate(record[f"{side}_ranking"][:min(k, SHOWN)], 1):
-        marks, says = [], f"{rank}: {name}"
+        marks, says = [], f"{rank}: {titles.get(name, name)}"
         if name in others:
             marks.append("both")
-            says += f", {others.index(name) + 1} of the {other}"
+            says += f", number {others.index(name) + 1} of the {other}"
         if name in record["images"]:
             marks.append("right")
             says += ", correct"
@@ -244,7 +250,7 @@ def list_html(record: dict, side: str, other: str, k: int, number_of: dict) -> s
     return f'<ol aria-label="found by the {side}">{"".join(items)}</ol>'
 
 
-def pair_html(records: dict[str, dict], k: int, number_of: dict) -> str:
+def pair_html(records: dict[str, dict], k: int, number_of: dict, titles: dict) -> str:
     """One pair, with the two lists of each model."""
     first = next(iter(records.values()))
     scores = [round(score, 6) for score in scores_of(records.values())]
@@ -253,16 +259,16 @@ def pair_html(records: dict[str, dict], k: int, number_of: dict) -> str:
         tag += " Meaning changed: the lists should differ."
     parts = [f'<article class="{"" if first["same"] else "changed"}" '
              f'data-kind="{escape(group_of(first))}" data-scores="{scores}">'
-             f'<span class="tag">{tag}</span><h3 class="two">']
+             f'<p class="tag">{tag}</p><h3 class="two">']
     for side in ("query", "paraphrase"):
         parts.append(f'<span><small>{side}</small><bdi>{escape(first[side])}</bdi></span>')
     parts.append("</h3>")
     for label, record in records.items():
         shared = len(set(record["query_ranking"][:k]) & set(record["paraphrase_ranking"][:k]))
-        parts.append(f'<h4>{escape(label)}: <b>AO@{k} {100 * record["ao"]:.0f}</b>, {shared} of {k} '
-                     'images in both lists</h4><div class="two">'
-                     + list_html(record, "query", "paraphrase", k, number_of)
-                     + list_html(record, "paraphrase", "query", k, number_of) + "</div>")
+        parts.append(f'<h4>{escape(label)}: <b>AO@{k} {100 * record["ao"]:.0f}</b>, '
+                     f'{shared} of {k} images in both lists</h4><div class="two">'
+                     + list_html(record, "query", "paraphrase", k, number_of, titles)
+                     + list_html(record, "paraphrase", "query", k, number_of, titles) + "</div>")
     return "".join(parts) + "</article>"
 
 
@@ -275,7 +281,11 @@ def page_html(results, details, chosen, k, is_cut, thumbnail) -> str:
     bars, table = results
     labels, pairs = list(details), []
     records = details[labels[0]]
-    number_of, thumbs = {}, []
+    number_of, thumbs, titles = {}, [], {}
+    for record in records:
+        for name in record["images"] if record["same"] else ():
+            # Who does not see the image learns from it a text that describes it.
+            titles.setdefault(name, f"{name}, “{record['query']}”")
     for i, label in itertools.product(chosen, labels):
         record = details[label][i]
         for name in record["query_ranking"][:SHOWN] + record["paraphrase_ranking"][:SHOWN]:
@@ -283,7 +293,8 @@ def page_html(results, details, chosen, k, is_cut, thumbnail) -> str:
                 number_of[name] = len(thumbs)
                 thumbs.append(thumbnail(name))
     for i in chosen:
-        pairs.append(pair_html({label: details[label][i] for label in labels}, k, number_of))
+        pair = {label: details[label][i] for label in labels}
+        pairs.append(pair_html(pair, k, number_of, titles))
 
     sorts = {f"{m}": f"AO of {label}" for m, label in enumerate(labels)}
     for (a, first), (b, second) in itertools.combinations(enumerate(labels), 2):
@@ -316,7 +327,7 @@ understanding. The thin line is the 95 % interval.</p>
 <section aria-labelledby="shown"><h2 id="shown">What the texts find</h2>
 <p class="soft">{note}{more}</p>
 <p class="legend"><span class="both">in both lists</span>
-{'<span><span class="check">✓</span>correct image</span>' if correct else ""}</p>
+{'<span><b>✓</b>correct image</span>' if correct else ""}</p>
 <form><label>Sort by<select name="by">{options(sorts)}</select></label>
 <label>Order<select name="order"><option value="worst">worst first</option>
 <option value="best">best first</option></select></label>
