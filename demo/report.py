@@ -133,7 +133,7 @@ def write_report(path, headers, table, reports, images, details, k, open_image, 
 
     headers: of the columns of the table. table: (lines above it, [(section title, [(row title, a
     cell for each column)])]). reports: a dict for each model, as in the JSON. details: {model
-    label: what --details writes of each pair}, of the same models. gallery.images: {image name:
+    label: what --details writes of each pair}, of the same models. images: {name:
     what open_image opens as a Pillow image}.
     """
     results = bars_html(dict(zip(details, reports)), k), table_html(headers, *table)
