@@ -2989,7 +2989,7 @@ def test_labels_are_short_and_different(models, labels):
     assert ev.short_names(models) == labels
 
 
-@pytest.mark.parametrize("flag", ["json", "details", "figure"])
+@pytest.mark.parametrize("flag", ["json", "details", "figure", "report"])
 def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe")
     message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / "pipe")
@@ -3013,10 +3013,12 @@ def test_half_a_surrogate_in_a_query(cd, capsys):
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
-    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png")
+    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", report=tmp_path / "x.html")
     reports = evaluate(capsys, "clip", "siglip", *PAIRS, *flags(**files))
     assert json.loads(files["json"].read_text()) == reports
     assert Image.open(files["figure"]).width == 1280
+    page = files["report"].read_text()
+    assert page.count("<article") == 30 and f"{100 * reports[1]['ao']:.1f} ±" in page
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -3025,7 +3027,7 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("mine.py --sts sts.csv", "FILE.py:NAME"),
     ("clip --captions captions.json --images classes", "none of the 10 named"),
     ("clip --pairs triplets.json", "--pairs needs --images"),
-    ("clip --sts sts.csv --figure x.png", "--figure show pairs"),
+    ("clip --sts sts.csv --figure x.png", "show pairs: give --pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --images images --query dog", "belong together"),
     ("clip --images images --query= --paraphrase=", "a text each"),

@@ -87,7 +87,8 @@ img { width: 100%; height: 100%; object-fit: contain; border-radius: .3rem; font
 .legend b { color: var(--good); margin-right: .4em }
 @media (max-width: 45rem) {
   .two { grid-template-columns: minmax(0, 1fr); gap: .7rem }
-  ol { gap: .4rem }
+  ol { gap: .5rem }
+  .both img { outline-width: 3px }
   ol::before { content: attr(aria-label); grid-column: 1 / -1; font-size: .85rem;
     color: var(--soft) }
   form { position: static }
@@ -205,28 +206,28 @@ def table_html(headers, lines, sections) -> str:
 def bars_html(reports: dict[str, dict], k: int) -> str:
     """A bar of AO for every kind and model, with its interval and the AO of unrelated pairs."""
     parts = [f'<table class="bars"><caption class="soft">AO@{k}</caption>']
-    first = next(iter(reports.values()))
-    sections = [("kinds", kind) for kind in first.get("kinds", {})] + [()]
-    sections += [(key, name) for key in ("files", "changed") for name in first.get(key, {})]
-    for section in sections:
-        title = section[-1] if section else "all pairs"
-        title += ", meaning changed" if section[:1] == ("changed",) else ""
+    first, rows, changed = next(iter(reports.values())), [], ", meaning changed: lower is better"
+    for section, suffix in (("kinds", ""), ("files", ""), ("changed", changed)):
+        for name in first.get(section, {}):
+            results = {label: report[section][name] for label, report in reports.items()}
+            rows.append((name + suffix, "ao", results))
+    rows += [("all pairs", "ao", reports), (f"all pairs{changed}", "ao_changed", reports)]
+    for title, key, results in rows:
+        # Files and kinds may hold only pairs of one sort.
+        if key not in next(iter(results.values())):
+            continue
         parts.append("<tbody>")
         if len(reports) > 1:
             parts.append(f'<tr><th scope="rowgroup" colspan="3">{escape(title)}</th></tr>')
-        for label, report in reports.items():
-            for key in section:
-                report = report[key]
-            if "ao" not in report:
-                continue
-            low, high = report.get("ao_ci", (0, 0))
-            chance = report.get("ao_random")
+        for label, report in results.items():
+            value, chance = report[key], report.get(f"{key}_random")
+            low, high = report.get(f"{key}_ci", (value, value))
             mark = "" if chance is None else f'<s style="left:{100 * chance:.1f}%"></s>'
             parts.append(
                 f'<tr><th scope="row">{escape(label if len(reports) > 1 else title)}</th>'
-                f'<td class="bar"><div><i style="width:{100 * report["ao"]:.1f}%"></i>'
+                f'<td class="bar"><div><i style="width:{100 * value:.1f}%"></i>'
                 f'<u style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></u>'
-                f'{mark}</div></td><td>{100 * report["ao"]:.1f}</td></tr>')
+                f'{mark}</div></td><td>{100 * value:.1f}</td></tr>')
         parts.append("</tbody>")
     return "".join(parts) + "</table>"
 

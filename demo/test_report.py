@@ -187,7 +187,7 @@ def test_a_browser_shows_images_and_nothing_is_wider_than_a_phone(tmp_path):
     write(path, {"m" * 90: [record(text="W" * 300, kind="k" * 80)] * 2, "new": [record()] * 2})
     # A window is at least 500 pixels wide, a frame is not.
     frame = tmp_path / "frame.html"
-    frame.write_text("<body><iframe id='f' src='x.html' width='400' height='900'></iframe></body>")
+    frame.write_text("<body><iframe id='f' src='x.html' width='400'></iframe></body>")
     found = browse(frame, """
         const page = document.getElementById("f").contentDocument;
         const images = [...page.images];
