@@ -90,6 +90,8 @@ class EvalConfig:
     json: str = flag("", "file for the JSON that ends the output")
     details: str = flag("", "JSON lines file: lists and scores of each pair and model")
     figure: str = flag("", "PNG of the images that three of the pairs find")
+    report: str = flag("", "HTML page of all results, and of the images that the pairs find")
+    report_pairs: int = flag(200, "pairs that the page shows", low=1)
 
 
 def check_flags(cfg: EvalConfig):
@@ -112,7 +114,7 @@ def check_flags(cfg: EvalConfig):
         checkpoint = Path(name, "model.pt")
         read.append(checkpoint if checkpoint.is_file() else re.sub(r"(\.py):\w+$", r"\1", name))
     taken = {Path(path).resolve() for path in read if path}
-    for path in (cfg.json, cfg.details, cfg.figure):
+    for path in (cfg.json, cfg.details, cfg.figure, cfg.report):
         if not path:
             continue
         # Links are followed, as they would be when the file is written.
@@ -124,6 +126,8 @@ def check_flags(cfg: EvalConfig):
         taken.add(target)
     if cfg.figure and not cfg.figure.endswith(".png"):
         raise UserError(f"--figure {cfg.figure}: expected a name that ends in .png")
+    if cfg.report and not cfg.report.endswith(".html"):
+        raise UserError(f"--report {cfg.report}: expected a name that ends in .html")
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -1500,8 +1504,8 @@ def choose_tasks(cfg: EvalConfig) -> list[Task]:
     gallery = list_gallery(cfg.images) if cfg.images else None
     tasks = [task(cfg, gallery) for task in TASKS if getattr(cfg, task.flag)]
     searches = any(isinstance(task, Pairs) for task in tasks)
-    if not searches and (cfg.details or cfg.figure):
-        raise UserError("--details and --figure show pairs: give --pairs, or --query")
+    if not searches and (cfg.details or cfg.figure or cfg.report):
+        raise UserError("--details, --figure and --report show pairs: give --pairs, or --query")
     named = set().union(*[task.names for task in tasks])
     missing = sorted(name for name in named if gallery and gallery.find(name) is None)
     if missing:
@@ -1618,8 +1622,8 @@ def row_title(keys, k: int) -> str:
     return " ".join(titles)
 
 
-def print_table(columns: list[Column]):
-    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
+def table_of(columns: list[Column]) -> tuple[list[str], list]:
+    """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
     # The rows of all columns, as a model of ranked lists has fewer, by their section.
     sections, texts, k = {}, {}, 0
     for column in columns:
@@ -1630,10 +1634,25 @@ def print_table(columns: list[Column]):
                 texts[name] = value
             elif name[0] not in ("kinds", "files", "changed") or name[2] in SHOWN_OF_SUBSETS:
                 sections.setdefault(name[:-1], {})[name] = None
-    for name, text in texts.items():
-        print(f"{row_title(name, k)}: {text}")
-    print(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, groups or "
-          "queries.\n≠: a difference from 0 beyond its interval.")
+    table = []
+    for section, names in sections.items():
+        title = row_title(section, k)
+        if section == () and len(sections) > 1:
+            title = "all pairs"
+        rows = [(row_title(name[-1:], k), [column.cell(name) for column in columns])
+                for name in names]
+        table.append((title, rows))
+    lines = [f"{row_title(name, k)}: {text}" for name, text in texts.items()]
+    lines.append(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, "
+                 "groups or queries.")
+    lines.append("≠: a difference from 0 beyond its interval.")
+    return lines, table
+
+
+def print_table(columns: list[Column]):
+    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
+    lines, table = table_of(columns)
+    print("\n".join(lines))
     for start in range(0, len(columns), 4):
         block = columns[start:start + 4]
         print()
@@ -1641,14 +1660,11 @@ def print_table(columns: list[Column]):
         headers = [textwrap.wrap(column.header, 14) for column in block]
         for cells in itertools.zip_longest(*headers, fillvalue=""):
             print(" " * 36 + "".join(cell.rjust(16) for cell in cells))
-        for section, names in sections.items():
-            title = row_title(section, k)
-            if section == () and len(sections) > 1:
-                title = "all pairs"
-            print(f"\n{title}".rstrip())
-            for name in names:
-                cells = "".join(column.cell(name).rjust(16) for column in block)
-                print(f"{row_title(name[-1:], k):36}{cells}".rstrip())
+        for section, rows in table:
+            print(f"\n{section}".rstrip())
+            for title, cells in rows:
+                cells = "".join(cell.rjust(16) for cell in cells[start:start + 4])
+                print(f"{title:36}{cells}".rstrip())
     print()
 
 
@@ -1750,6 +1766,10 @@ def main(argv=None):
         from demo.figure import draw_pairs
         draw_pairs(cfg.figure, tasks[0].gallery.images, reports[0]["gallery"], details, tasks[0].k,
                    open_image)
+    if cfg.report and details:
+        from demo.report import write_report
+        write_report(cfg.report, [column.header for column in columns], table_of(columns), reports,
+                     tasks[0].gallery.images, details, tasks[0].k, open_image, cfg.report_pairs)
     if failures:
         raise UserError("; ".join(failures))
 

@@ -57,6 +57,7 @@ from common.distributed import rank_and_world_size
 from common.files import atomic_write, cache_folder
 from common.run_folder import StopSignals
 from data import BadSample, Batch, Sample, ShardIndex, collate
+from demo import edits
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
 
 HERE = Path(__file__).parent
@@ -1229,6 +1230,131 @@ def test_damaged_shards_are_survived(tmp_path, seed):
             assert captions[caption] == image
         with contextlib.suppress(BadSample):
             data.decode_image(image)
+
+
+# ---- demo/ ---------------------------------------------------------------------------------------
+# Ten captions, each with the edits that were made of it by hand.
+EDITS_BY_HAND = """
+A brown dog lies to the left of two white bowls .
+= letter case: A BROWN DOG LIES TO THE LEFT OF TWO WHITE BOWLS .
+= final period: A brown dog lies to the left of two white bowls
+= article: The brown dog lies to the left of two white bowls .
+= typing error: A borwn dog lies to the left of two white bowls .
+! colour: A black dog lies to the left of two white bowls .
+! number: A brown dog lies to the left of four white bowls .
+! noun: A brown cat lies to the left of two white bowls .
+! side: A brown dog lies to the right of two white bowls .
+! negation: No brown dog lies to the left of two white bowls .
+A bench with a red cushion, above it two red lamps
+= letter case: A BENCH WITH A RED CUSHION, ABOVE IT TWO RED LAMPS
+= final period: A bench with a red cushion, above it two red lamps.
+= article: The bench with a red cushion, above it two red lamps
+= a photo of: a photo of a bench with a red cushion, above it two red lamps
+= typing error: A bench with a red cuhsion, above it two red lamps
+! colour: A bench with a blue cushion, above it two blue lamps
+! number: A bench with a red cushion, above it four red lamps
+! side: A bench with a red cushion, below it two red lamps
+! negation: No bench with a red cushion, above it two red lamps
+A WOMAN IN AN ORANGE COAT
+= letter case: a woman in an orange coat
+= final period: A WOMAN IN AN ORANGE COAT.
+= article: THE WOMAN IN AN ORANGE COAT
+= a photo of: A PHOTO OF A WOMAN IN AN ORANGE COAT
+= typing error: A WOMAN IN AN ORNAGE COAT
+! person: A MAN IN AN ORANGE COAT
+! negation: NO WOMAN IN AN ORANGE COAT
+Two men are riding horses that are on the beach
+= letter case: TWO MEN ARE RIDING HORSES THAT ARE ON THE BEACH
+= final period: Two men are riding horses that are on the beach.
+= typing error: Two men are riidng horses that are on the beach
+! number: Four men are riding horses that are on the beach
+! noun: Two men are riding cows that are on the beach
+! person: Two women are riding horses that are on the beach
+! negation: Two men are not riding horses that are on the beach
+Man with a hot dog and a cat's toy
+= letter case: MAN WITH A HOT DOG AND A CAT'S TOY
+= final period: Man with a hot dog and a cat's toy.
+= article: Man with the hot dog and a cat's toy
+! noun: Man with a sandwich and a cat's toy
+! person: Woman with a hot dog and a cat's toy
+The man who is here holds his surfboard.
+= letter case: THE MAN WHO IS HERE HOLDS HIS SURFBOARD.
+= final period: The man who is here holds his surfboard
+= typing error: The man who is here holds his surbfoard.
+! noun: The man who is here holds his skateboard.
+! negation: No man who is here holds his surfboard.
+A black and white photo of buses
+= letter case: A BLACK AND WHITE PHOTO OF BUSES
+= final period: A black and white photo of buses.
+= article: The black and white photo of buses
+= typing error: A balck and white photo of buses
+! noun: A black and white photo of trains
+! negation: No black and white photo of buses
+There is no boy on the swing.
+= letter case: THERE IS NO BOY ON THE SWING.
+= final period: There is no boy on the swing
+= typing error: Tehre is no boy on the swing.
+! person: There is no girl on the swing.
+A couple of boys and girls on a two-way street!
+= letter case: A COUPLE OF BOYS AND GIRLS ON A TWO-WAY STREET!
+= article: A couple of boys and girls on the two-way street!
+= a photo of: a photo of a couple of boys and girls on a two-way street!
+= typing error: A copule of boys and girls on a two-way street!
+Grüne buffalo
+= letter case: GRÜNE BUFFALO
+= final period: Grüne buffalo.
+= typing error: Grüne bufaflo
+"""
+
+
+def pairs_by_hand() -> list[dict]:
+    pairs, caption = [], ""
+    for line in EDITS_BY_HAND.strip().splitlines():
+        if line[:2] not in ("= ", "! "):
+            caption = line
+            continue
+        kind, text = line[2:].split(": ")
+        pairs.append({"query": caption, "paraphrase": text, "kind": kind})
+        if line[0] == "!":
+            pairs[-1]["same"] = False
+    return pairs
+
+
+def edit_pairs(path, text, capsys) -> list[dict]:
+    path.write_text(text)
+    edits.main([str(path)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_edits_of_ten_captions_are_those_made_by_hand(tmp_path, capsys):
+    by_hand = pairs_by_hand()
+    captions = list(dict.fromkeys(pair["query"] for pair in by_hand))
+    text = "\n".join(captions)
+    assert len(captions) == 10
+    assert edit_pairs(tmp_path / "lines.txt", text, capsys) == by_hand
+    # A caption's pairs depend on nothing else in the file.
+    backwards = edit_pairs(tmp_path / "lines.txt", "\n\n".join(captions[::-1] * 2), capsys)
+    assert sorted(map(str, backwards)) == sorted(map(str, by_hand))
+
+
+@pytest.mark.parametrize("text", [
+    '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],\n'
+    ' "annotations": [{"image_id": 8, "caption": " Ash\\n"}, {"image_id": 7, "caption": "Elm"},'
+    ' {"image_id": 8, "caption": "Ash"}]}',
+    '{"caption": "Ash", "image": "b.jpg"}\n{"captions": ["Elm", ""], "file_name": "a.jpg"}\n'])
+def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
+    pairs = edit_pairs(tmp_path / "captions.json", text, capsys)
+    assert [(pair["query"], pair["paraphrase"], pair["image"]) for pair in pairs] == [
+        ("Ash", "ASH", "b.jpg"), ("Ash", "Ash.", "b.jpg"),
+        ("Elm", "ELM", "a.jpg"), ("Elm", "Elm.", "a.jpg")]
+
+
+@pytest.mark.parametrize("text", ["", ". .\n", '{"text": "Ash"}', '{"caption": 1}',
+                                  '{"caption": [1]}'])
+def test_files_without_captions_make_no_pairs(tmp_path, text):
+    (tmp_path / "captions.json").write_text(text)
+    with pytest.raises(UserError, match="captions.json: (expected COCO|there is no caption)"):
+        edits.main([str(tmp_path / "captions.json")])
 
 
 # ---- paraclip.py: towers -------------------------------------------------------------------------
@@ -2863,7 +2989,7 @@ def test_labels_are_short_and_different(models, labels):
     assert ev.short_names(models) == labels
 
 
-@pytest.mark.parametrize("flag", ["json", "details", "figure"])
+@pytest.mark.parametrize("flag", ["json", "details", "figure", "report"])
 def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe")
     message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / "pipe")
@@ -2887,10 +3013,12 @@ def test_half_a_surrogate_in_a_query(cd, capsys):
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
-    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png")
+    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", report=tmp_path / "x.html")
     reports = evaluate(capsys, "clip", "siglip", *PAIRS, *flags(**files))
     assert json.loads(files["json"].read_text()) == reports
     assert Image.open(files["figure"]).width == 1280
+    page = files["report"].read_text()
+    assert page.count("<article") == 30 and f"{100 * reports[1]['ao']:.1f} ±" in page
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -2899,7 +3027,7 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("mine.py --sts sts.csv", "FILE.py:NAME"),
     ("clip --captions captions.json --images classes", "none of the 10 named"),
     ("clip --pairs triplets.json", "--pairs needs --images"),
-    ("clip --sts sts.csv --figure x.png", "--figure show pairs"),
+    ("clip --sts sts.csv --figure x.png", "show pairs: give --pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --images images --query dog", "belong together"),
     ("clip --images images --query= --paraphrase=", "a text each"),
