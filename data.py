@@ -426,81 +426,112 @@ def find_shards(data: str) -> list[str]:
 # In a tar file a header comes before each member, and both are filled up to blocks of this size. A
 # block of zeros ends it.
 BLOCK = tarfile.BLOCKSIZE
+END = bytes(BLOCK)
+HEADER = np.dtype({"names": ["name", "after size", "checksum", "kind", "magic", "prefix"],
+                   "formats": ["S100", "S1", "S8", "S1", "S8", "S1"],
+                   "offsets": [0, 135, 148, 156, 257, 345], "itemsize": BLOCK})
 # An entry of an extended header that only dates the next member. The number is its own length.
 DATE = re.compile(rb"(\d\d) [acm]time=[\d.]+\n")
 
 
-def list_members(file):
-    """Yields (name, offset, bytes) of each member of an open tar file but folders, and 0 bytes for
-    what is no plain file, such as a link. Raises an error at the first fault.
-
-    Plain headers are read here. Whatever is unusual is left to tarfile, which takes much longer.
-    """
-    length = os.fstat(file.fileno()).st_size
-    tar = tarfile.open(fileobj=file, mode="r:")
-    position, dates = 0, b""
+def list_plain(file) -> list[tuple[str, int, int]]:
+    """(name, offset, bytes) of each file in an open tar file of the kind that most programs write,
+    twenty times as fast as tarfile. Raises ValueError at anything unusual, which is left to it."""
+    members, headers, places = [], [], []
+    position = begin = 0
+    window = dates = b""
     while True:
-        file.seek(position)
-        header, header_end = file.read(BLOCK), position + BLOCK
-        if header == bytes(BLOCK):
+        start = position - begin
+        # An extended header, its entries, and the header after it.
+        if start + 3 * BLOCK > len(window):
+            begin, start = position, 0
+            window = os.pread(file.fileno(), 32 * BLOCK, position)
+        header = window[start:start + BLOCK]
+        if header == END:
             break
         if header[156:157] == b"x":
-            extended = header + file.read(BLOCK)
-            # The members of a sample often have the same date.
-            if extended == dates or says_only_dates(extended):
+            extended = window[start:start + 2 * BLOCK]
+            # Most often the dates are those of the member before.
+            if extended != dates:
+                headers.append(header)
+                places.append((position, check_dates(extended)))
                 dates = extended
-                header, header_end = file.read(BLOCK), position + 3 * BLOCK
-        plain = read_header(header)
-        # What a global header says holds for all members after it.
-        if plain and not tar.pax_headers:
-            name, size = plain
-            offset, next_position = header_end, header_end + math.ceil(size / BLOCK) * BLOCK
-        else:
-            file.seek(position)
-            member = tarfile.TarInfo.fromtarfile(tar)
-            name = "" if member.isdir() else member.name
-            offset, next_position = member.offset_data, tar.offset
-            # A sparse member is shorter in the shard than the size that it states.
-            size = member.size if member.isreg() and not member.issparse() else 0
-        if size > length - offset:
-            raise tarfile.ReadError("a member ends after the file")
-        # A negative size leads backwards, where a reader would go round for ever.
-        if next_position <= position:
-            raise tarfile.ReadError("the next header comes before this one")
-        position = next_position
-        if name:
-            yield name, offset, size
-    if file.read(1 << 20).strip(b"\0"):
-        raise BadSample("a second archive in the shard")
+            header = window[start + 2 * BLOCK:start + 3 * BLOCK]
+            position += 2 * BLOCK
+        size = int(header[124:135], 8)
+        if size < 0:
+            raise ValueError("a header that leads backwards")
+        position += BLOCK
+        headers.append(header)
+        places.append((position, size))
+        position += math.ceil(size / BLOCK) * BLOCK
+        # Checked together, since each by itself would take as long as all the rest.
+        if len(headers) > 1000:
+            members += check_headers(headers, places)
+            headers, places = [], []
+    if os.pread(file.fileno(), 1 << 20, position).strip(b"\0"):
+        raise ValueError("something after the end")
+    return members + check_headers(headers, places)
 
 
-def read_header(header: bytes, kind=b"0") -> tuple[str, int] | None:
-    """(name, bytes) of the member that a tar header describes, or None if the header has anything
-    unusual, or describes no member of this kind (by default a file)."""
-    try:
-        size = int(header[124:136].rstrip(b"\0"), 8)
-        checksum = int(header[148:156].rstrip(b"\0 "), 8)
-    except ValueError:
-        return None
-    # A checksum is the sum of all bytes, its own being counted as spaces. The lower half of an
-    # Adler-32 is this sum plus 1.
-    total = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xffff
-    # The beginning of a long name. GNU tar's backups have a date in its place.
-    has_prefix = header[345:346] > b"\0" and header[257:265] != b"ustar  \0"
-    if total != checksum + 1 or header[156:157] != kind or size < 0 or has_prefix:
-        return None
-    return header[:100].partition(b"\0")[0].decode(errors="surrogateescape"), size
-
-
-def says_only_dates(extended: bytes) -> bool:
-    """Does an extended header say nothing but when the next member was changed?"""
-    plain = read_header(extended[:BLOCK], b"x")
-    size = plain[1] if plain else 0
+def check_dates(extended: bytes) -> int:
+    """The bytes of an extended header that only dates the next member, or ValueError."""
+    size = int(extended[124:135], 8)
     for entry in extended[BLOCK:BLOCK + size].splitlines(keepends=True):
         date = DATE.fullmatch(entry)
         if date is None or int(date[1]) != len(entry):
-            return False
-    return 0 < size <= BLOCK
+            raise ValueError("an extended header that says something else")
+    if not 0 < size <= BLOCK:
+        raise ValueError("an extended header of an unusual size")
+    return size
+
+
+def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, int, int]]:
+    """(name, offset, bytes) of the files that these headers describe. Raises ValueError if tarfile
+    could read anything else in one of them."""
+    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    fields = blocks.view(HEADER).ravel()
+    names = b"\0".join(fields["name"].tolist()).decode("utf-8", "surrogateescape").split("\0")
+    kinds = fields["kind"].tolist()
+    # A checksum is the sum of all bytes, its own being counted as spaces.
+    others = blocks.sum(axis=1, dtype=int) - blocks[:, 148:156].sum(axis=1, dtype=int)
+    checksums = [b"%06o\0 " % (total + 8 * ord(" ")) for total in others.tolist()]
+    # The first part of a long name may be at the prefix, where GNU tar's backups have a date.
+    is_plain = (np.isin(fields["after size"], [b"", b" "])
+                & ((fields["prefix"] == b"") | (fields["magic"] == b"ustar  ")))
+    # Files, empty files, folders, dates, and folders in GNU tar's backups.
+    known = {(b"0", True), (b"0", False), (b"5", False), (b"x", True), (b"D", True)}
+    if (not is_plain.all() or fields["checksum"].tolist() != checksums
+            or len(names) != len(headers)
+            or not known.issuperset(zip(kinds, [size > 0 for _, size in places]))):
+        raise ValueError("an unusual header")
+    return [(name, *place) for name, kind, place in zip(names, kinds, places) if kind == b"0"]
+
+
+def list_any(file):
+    """Yields the same of any tar file, and 0 bytes for what is no plain file, such as a link.
+    Raises an error at the first fault."""
+    length = os.fstat(file.fileno()).st_size
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            # Else tarfile keeps every header in memory.
+            tar.members = []
+            # A sparse member is shorter in the shard than the size that it states.
+            sparse = member.issparse()
+            if not sparse and member.size > length - member.offset_data:
+                raise tarfile.ReadError("a member ends after the file")
+            # A negative size leads tarfile backwards, where it would go round for ever.
+            if tar.offset <= member.offset:
+                raise tarfile.ReadError("the next header comes before this one")
+            if member.type not in (tarfile.DIRTYPE, b"D"):
+                yield member.name, member.offset_data, (
+                    member.size if member.isreg() and not sparse else 0)
+        # tarfile ends without an error at a header that it cannot read.
+        rest = os.pread(file.fileno(), 1 << 20, tar.offset)
+        if not rest.startswith(END):
+            raise tarfile.ReadError("no end of archive")
+        if rest.strip(b"\0"):
+            raise BadSample("a second archive in the shard")
 
 
 def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
@@ -512,10 +543,14 @@ def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
     """
     members, faults, extensions = [], Counter(), Counter()
     try:
-        with open(path, "rb", buffering=16 << 10) as file:
-            if file.read(6).startswith(COMPRESSED):
+        with open(path, "rb") as file:
+            if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
                 raise BadSample("compressed shard, to be unpacked first")
-            for name, offset, size in list_members(file):
+            try:
+                listed = list_plain(file)
+            except ValueError:
+                listed = list_any(file)
+            for name, offset, size in listed:
                 # macOS adds a ._NAME to each file.
                 if "._" in name and os.path.basename(name).startswith("._"):
                     continue
@@ -581,11 +616,12 @@ def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):
     number, path = numbered_path
     members, skipped, extensions = scan_shard(path)
     rows, captions_crc32, fields = [], 0, set()
+    file = open_shard(path) if members else None
     examples = dict.fromkeys(skipped, os.path.basename(path))
     for key, sample in group_members(members):
         try:
             image = place_of(sample, IMAGE_TYPES, "no image")
-            captions, *caption = find_captions(path, sample, caption_keys, fields)
+            captions, *caption = find_captions(file, sample, caption_keys, fields)
         except BadSample as reason:
             skipped[str(reason)] += 1
             examples.setdefault(str(reason), f"{key} in {os.path.basename(path)}")
@@ -605,7 +641,7 @@ def place_of(sample: dict, kinds, absent: str) -> tuple[int, int]:
     return place
 
 
-def find_captions(path: str, sample: dict, caption_keys: list[str], fields: set) -> tuple:
+def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> tuple:
     """(captions, offset, bytes, is_json) of a sample's captions. Adds to `fields` those of its
     KEY.json, if it is read. Raises BadSample."""
     fault = None
@@ -613,7 +649,7 @@ def find_captions(path: str, sample: dict, caption_keys: list[str], fields: set)
         if kind in sample:
             try:
                 offset, size = place_of(sample, [kind], "")
-                record = read_record(read_range(path, offset, size), kind == "json")
+                record = read_record(read_from(file, offset, size), kind == "json")
                 fields.update(record)
                 return captions_in(record, caption_keys), offset, size, kind == "json"
             except BadSample as reason:
@@ -636,12 +672,19 @@ def open_version(path: str, ctime: int):
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read."""
     try:
-        content = os.pread(open_shard(path).fileno(), size, offset)
+        file = open_shard(path)
     except OSError:
         raise BadSample("unreadable shard") from None
-    if len(content) < size:
-        raise BadSample("unreadable shard")
-    return content
+    return read_from(file, offset, size)
+
+
+def read_from(file, offset: int, size: int) -> bytes:
+    """The same of an open file."""
+    with contextlib.suppress(OSError):
+        content = os.pread(file.fileno(), size, offset)
+        if len(content) == size:
+            return content
+    raise BadSample("unreadable shard")
 
 
 def fix_surrogates(text: str) -> str:
@@ -799,6 +842,16 @@ def look_at(numbers: list[int], index: ShardIndex) -> list[Look]:
     return looks
 
 
+def describe(looks: list[Look]) -> str:
+    by_size = sorted(looks, key=lambda look: look.height * look.width)
+    median, smallest = by_size[len(looks) // 2], by_size[0]
+    formats = Counter(look.format for look in looks).most_common()
+    return (f"captions a sample: {sum(look.captions for look in looks) / len(looks):.1f}; "
+            f"images: {median.width} x {median.height} (median), "
+            f"{smallest.width} x {smallest.height} (smallest), "
+            + ", ".join(f"{count / len(looks):.1%} {name}" for name, count in formats))
+
+
 def main(argv=None):
     cfg = parse_config(InspectConfig, argv)
     check_ranges(cfg)
@@ -819,7 +872,11 @@ def main(argv=None):
             examples[look.fault] = f"byte {row['image']} of {index.shards[row['shard']]}"
     good = [look for look in looks if not look.fault]
     usable = len(index) - len(looks) + len(good)
-    print(describe(good, usable, skipped, examples))
+    print(f"{usable:,} samples in {len(index.shards):,} shards")
+    if good:
+        print(describe(good))
+    for reason, count in skipped.most_common():
+        print(f"left out: {count:,} x {reason}, such as {examples[reason]}")
     print(json.dumps({"shards": len(index.shards), "samples": usable, "skipped": skipped,
                       "keys": index.extensions, "images_per_s": round(len(looks) / seconds, 1)}))
 
