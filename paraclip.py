@@ -50,6 +50,8 @@ class Config:
     # data
     data: str = flag(
         "emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
+    caption_key: list[str] = flag(
+        [], "fields of KEY.json to draw captions from, in place of KEY.txt")
     recipe: str = flag("", "preset to start from (default: the one that --data names)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
@@ -739,7 +741,7 @@ def open_index(cfg: Config) -> ShardIndex:
         # Imported here, since other data need neither the fonts nor the names.
         from demo.emoji_scenes import emoji_folder
         shards = str(emoji_folder() / "train")
-    return ShardIndex(shards, cfg.workers)
+    return ShardIndex(shards, cfg.workers, cfg.caption_key)
 
 
 def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):

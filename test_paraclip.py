@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
 import math
@@ -739,13 +740,16 @@ def samples_of(index: ShardIndex) -> list[tuple[str, bytes]]:
     return [(index.captions(i)[0], index.image(i)) for i in range(len(index))]
 
 
-def test_find_shards_understands_every_spelling(tmp_path):
+def test_find_shards_understands_every_spelling(tmp_path, capsys):
     folder = write_shards(tmp_path, [1, 1, 1])
-    shards = [tmp_path / f"0000{i}.tar" for i in range(3)]
+    shards = [f"{tmp_path}/0000{i}.tar" for i in range(3)]
     for name in (folder, f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
         assert data.find_shards(name) == shards
     joined = f"{folder}/00002.tar::{folder}/{{00000..00001}}.tar"
     assert data.find_shards(joined) == [shards[2], shards[0], shards[1]]
+    # A shard that is named twice would be its own negative.
+    assert data.find_shards(f"{folder}::{folder}/../{tmp_path.name}/00001.tar") == shards
+    assert "names 1 of its shards twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("members", [
@@ -753,10 +757,44 @@ def test_find_shards_understands_every_spelling(tmp_path):
     {"k.txt": b"\xef\xbb\xbf c\n", "k.png": JPEG},
     {"k.webp": JPEG, "k.cls": b"3", "k.json": b'{"caption": "c"}'},
     {"k.jpg": JPEG, "k.json": b'{"caption": "x"}', "k.txt": b"c"},
-    {"x/k.v2.jpg": JPEG, "x/k.v2.txt": b"c"}],
-    ids=["capital letters", "caption first", "json", "both", "dots and folders"])
+    {"x/k.v2.jpg": JPEG, "x/k.v2.txt": b"c"},
+    {"k.jpg": JPEG, "k.txt": b"\n", "k.json": b'{"caption": "c"}'},
+    {"k.jpg": JPEG, "k.txt": b"['c', 'd']", "k.json": b'{"caption": ["c", "d"]}'},
+    {"k.gif": JPEG, "k.metadata.json": b"{}", "k.txt": b"c"},
+    {"k.jpg": JPEG, "k.txt": b"c", "._k.jpg": b"x", "._k.txt": b"x"},
+    {"k.jpg": JPEG, "other.cls": b"", "k.txt": b"c"}],
+    ids=["capital letters", "caption first", "json", "both", "dots and folders", "empty text",
+         "list", "member between", "macOS", "apart"])
 def test_image_and_caption_share_a_key(tmp_path, members):
-    assert samples_of(index_of(tmp_path, members)) == [("c", JPEG)]
+    index = index_of(tmp_path, members)
+    assert samples_of(index) == [("c", JPEG)] and index.skipped == {}
+
+
+A, B, C = [image_bytes(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("members, samples, skipped", [
+    # The first 2.jpg has lost its caption.
+    ([("1.jpg", A), ("1.txt", b"A"), ("2.jpg", B), ("1.jpg", B), ("1.txt", b"B"), ("2.jpg", C),
+      ("2.txt", b"C")], [("A", A), ("B", B), ("C", C)], {"no caption": 1}),
+    ([("1.jpg", A), ("2.jpg", B), ("1.txt", b"A"), ("2.txt", b"B")], [("A", A), ("B", B)], {}),
+    ([("1.jpg", A), ("2.jpg", B), ("1.txt", b"A"), ("3.txt", b"C"), ("1.jpg", C), ("3.jpg", C),
+      ("1.txt", b"C"), ("2.txt", b"B")], [("B", B), ("C", C)], {"no caption": 2, "no image": 2}),
+    ([("1.jpg", A), ("1.jpg", B), ("1.txt", b"B"), ("2.jpg", C), ("2.txt", b"C")], [("C", C)],
+     {"duplicate key": 1})], ids=["joined", "apart", "apart and joined", "neighbours"])
+def test_no_image_takes_anothers_caption(tmp_path, members, samples, skipped):
+    index = ShardIndex(str(write_tar(tmp_path / "0.tar", members)))
+    assert samples_of(index) == samples and index.skipped == skipped
+
+
+def test_captions_come_from_any_field(tmp_path):
+    record = b'{"caption": ["a", "b"], "recaption": "c", "key": "1"}'
+    path = index_of(tmp_path, {"1.jpg": A, "1.txt": b"text", "1.json": record}).shards[0]
+    assert ShardIndex(path).captions(0) == ["text"]
+    cfg = parse_config(Config, ["--data", path, "--caption-key", "recaption", "caption"])
+    assert paraclip.open_index(cfg).captions(0) == ["c", "a", "b"]
+    with pytest.raises(UserError, match="a field TEXT; fields seen: caption, key, recaption"):
+        ShardIndex(path, caption_keys=["caption", "TEXT"])
 
 
 @pytest.mark.parametrize("name, content, captions", [
@@ -771,17 +809,20 @@ def test_captions_are_cleaned_and_cut(tmp_path, name, content, captions):
 
 @pytest.mark.parametrize("members, reason", [
     ({"a.jpg": JPEG}, "no caption"),
-    ({"a.jpg": JPEG, "a.json": b" " * (2 << 20)}, "no caption"),
+    ({"a.jpg": JPEG, "a.json": b" " * (2 << 20)}, "empty or too large member, or a link"),
+    ({"a.jpg": b"", "a.txt": b"a"}, "empty or too large member, or a link"),
     ({"a.txt": b"a", "a.json": b"{}"}, "no image"),
-    ({"00000.png": JPEG}, "duplicate key"),
-    ({"a.jpg": JPEG, "a.txt": b" \n\t "}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b'{"caption": ["", " "]}'}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b'["caption"]'}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b"[" * 99_999}, "empty or broken caption")])
+    ({"a.jpg": JPEG, "a.txt": b" \n\t "}, "empty caption"),
+    ({"a.jpg": JPEG, "a.json": b'{"caption": ["", " "]}'}, "empty caption"),
+    ({"a.jpg": JPEG, "a.json": b'{"text": "a"}'}, "no caption in .json"),
+    ({"a.jpg": JPEG, "a.json": b'["caption"]'}, "broken .json"),
+    ({"a.jpg": JPEG, "a.json": b"[" * 99_999}, "broken .json"),
+    ({"a.jpg": JPEG, "a.txt": b"['a', 'b']"},
+     "a list in Python's notation in .txt, see --caption-key")])
 def test_a_bad_sample_is_counted(tmp_path, members, reason):
     path = write_tar(tmp_path / "0.tar", sample(0) + [*members.items()] + sample(1))
     index = ShardIndex(str(path))
-    assert index.skipped == {reason: 1}
+    assert index.skipped == {reason: 1} and index.examples == {reason: "a in 0.tar"}
     assert samples_of(index) == GOOD[:2]
 
 
@@ -807,6 +848,40 @@ def test_a_broken_shard_gives_its_beginning(tmp_path, kept_bytes, end, reason):
     index = ShardIndex(str(tmp_path))
     assert index.skipped == {reason: 1}
     assert samples_of(index) == [GOOD[0], GOOD[9]]
+
+
+def test_a_compressed_shard_is_called_that(tmp_path):
+    path = Path(write_shards(tmp_path, [1, 1])) / "00001.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert ShardIndex(str(tmp_path)).skipped == {"compressed shard, to be unpacked first": 1}
+
+
+def with_checksum(header: bytes) -> bytes:
+    header = header[:148] + b" " * 8 + header[156:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_common_archives_are_read_without_tarfile(tmp_path, format):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for i, name in enumerate(["x", "x/1.jpg", "x/1.txt", "x/2.jpg"]):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.REGTYPE if i else tarfile.DIRTYPE
+            info.mtime, info.size = 1e9 + i // 2 * 0.5, i and 511 + i
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with tarfile.open(path) as tar, open(path, "rb") as file:
+        expected = [(member.name, member.offset_data, member.size) for member in tar][1:]
+        assert data.list_plain(file) == expected == list(data.list_any(file))
+
+
+def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
+    info = tarfile.TarInfo("1.jpg")
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "0.tar"
+    path.write_bytes(with_checksum(header[:345] + b"14711223355\0" + header[357:]) + bytes(1024))
+    with open(path, "rb") as file:
+        assert data.list_plain(file) == [("1.jpg", 512, 0)]
 
 
 def test_a_sparse_member_ends_no_shard(tmp_path):
@@ -840,8 +915,9 @@ def test_a_passing_fault_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr("builtins.open", failing_open)
         index = ShardIndex(folder)
     assert len(index) == 3 and len(ShardIndex(folder, workers=2)) == 8
-    # Who still uses the former index has its own table.
-    assert index.captions(0) == [sentence(5)]
+    # Who still uses the former index has its own table, but on disk there is only the latter.
+    assert index.captions(0) == [sentence(5)] and len(index) == 3
+    assert len(list(cache_folder().glob("**/rows"))) == 1
 
 
 def test_an_interrupted_index_is_begun_anew(tmp_path, monkeypatch):
@@ -891,8 +967,9 @@ def test_the_index_follows_a_replaced_shard(tmp_path):
 
 
 def test_a_set_without_samples_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no .tar file at"):
-        ShardIndex(f"{tmp_path}/*.tar")
+    (tmp_path / "list.csv").write_text("url,caption")
+    with pytest.raises(UserError, match="no .tar file at .*{'.csv': 1}"):
+        ShardIndex(str(tmp_path))
     with pytest.raises(UserError, match=r"'no caption': 1.*'jpg': 1"):
         index_of(tmp_path, {"a.jpg": JPEG})
 
@@ -1177,8 +1254,17 @@ def test_closing_read_ahead_ends_its_thread_and_the_workers(tmp_path):
 
 
 def test_the_inspection_reports_a_set(tmp_path, capsys):
-    write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
-    report = last_json(capsys, data, tmp_path, "--workers", 0)
+    path = write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
+    with tarfile.open(path) as tar:
+        byte = tar.getmember("00001.jpg").offset_data
+    call(data, tmp_path, "--workers", 0)
+    *lines, report = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "1 samples in 1 shards",
+        "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
+        "left out: 1 x no caption, such as b in 0.tar",
+        f"left out: 1 x broken image, such as byte {byte} of {path}"]
+    report = json.loads(report)
     assert report.pop("images_per_s") > 0
     assert report == {"shards": 1, "samples": 1, "keys": {"jpg": 3, "txt": 2},
                       "skipped": {"no caption": 1, "broken image": 1}}
@@ -1214,6 +1300,40 @@ def test_workers_outlive_signals_for_minutes(tmp_path):
 
 
 FUZZ = pytest.mark.parametrize("seed", range(FUZZ_SEED, FUZZ_SEED + FUZZ_CASES))
+
+
+@FUZZ
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path, seed):
+    rng, path = random.Random(seed), tmp_path / "0.tar"
+    formats = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+    content, blocks = b"", []
+    for i in range(rng.randrange(1, 6)):
+        info = tarfile.TarInfo(f"{i}.jpg")
+        info.size, info.mtime = rng.randrange(1500), rng.choice([1e9, 1e9 + 0.5])
+        header = info.tobuf(rng.choice(formats))
+        blocks += range(len(content), len(content) + len(header), 512)
+        content += header + bytes(-(-info.size // 512) * 512)
+    content += bytes(1024)
+    for _ in range(rng.randrange(3)):
+        # A field of a header, or all of it, filled with what might stand there.
+        start, field = rng.choice(blocks), rng.choice([(0, 99), (124, 12), (156, 1), (257, 8),
+                                                       (345, 9), (0, 40), (148, 8)])
+        junk = rng.choices(b"00017 x\0\0-_5DSgLK=\n\xff", k=rng.randint(1, field[1]))
+        at = start + field[0] + rng.randrange(field[1] - len(junk) + 1)
+        header = (content[:at] + bytes(junk) + content[at + len(junk):])[start:start + 512]
+        if rng.random() < 0.8:
+            header = with_checksum(header)
+        content = content[:start] + header + content[start + 512:]
+    if rng.random() < 0.2:
+        content = damage(content, rng)
+    path.write_bytes(content)
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        # What is unusual raises a ValueError.
+        plain = data.list_plain(file)
+        try:
+            assert plain == list(data.list_any(file))
+        except ValueError:
+            raise AssertionError("tarfile refuses it")
 
 
 @FUZZ
