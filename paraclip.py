@@ -869,13 +869,14 @@ def text_part(model: nn.Module) -> nn.Module:
     """The part of a model that reads text: of an encoder-decoder the encoder, of a model of several
     modalities the language model, of two towers the text tower; else the model itself."""
     if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    # The innermost model that holds the table of token embeddings.
-    embeddings = model.get_input_embeddings()
-    for part in model.modules():
-        if isinstance(part, transformers.PreTrainedModel) and embeddings in part.modules():
-            model = part
-    return model
+        part = model.get_encoder()
+    else:
+        # Of a model without parts, transformers gives the model itself here.
+        part = model.get_decoder()
+    if not isinstance(part, transformers.PreTrainedModel):
+        raise ValueError("transformers has no text part of it that works alone")
+    # Without a head that predicts words.
+    return part.base_model
 
 
 # What sentence-transformers calls them: "pooling_mode": "cls", in older files

@@ -7,6 +7,7 @@ own configuration with every size shrunk, saved beside a tokenizer of whole word
 other. No hub, no GPU, a few minutes.
 """
 
+import contextlib
 import inspect
 import re
 import sys
@@ -47,6 +48,7 @@ SIZES = [
     (r".*(num|n)_(.*_)?layers?|.*_layers|n_layer|num_blocks|depth", 2),
     (r".*num_(.*_)?heads|.*_heads|n_heads?", 2),
     (r"(.*_)?head_dim|.*_head_size|kv_channels", 16),
+    (r"d_head|attention_head_dim", 16),
     (r"(q|kv)_lora_rank|qk_nope_head_dim|v_head_dim", 16), (r"qk_rope_head_dim", 16),
     (r"n_group|topk_group|n_shared_experts", 1),
     (r"(num|n)_(.*_)?experts|num_local_experts", 4), (r".*(experts_per_tok|top_k)", 2),
@@ -56,16 +58,34 @@ SIZES = [
 ]
 
 
+# What the sizes above do not fit together in.
+FITTING = {
+    "bamba": dict(mamba_n_heads=2, mamba_d_head=32),
+    "falcon_h1": dict(mamba_n_heads=2, mamba_d_head=32, mamba_d_ssm=64),
+    "granitemoehybrid": dict(mamba_n_heads=2, mamba_d_head=32),
+    "mamba2": dict(num_heads=2, head_dim=32),
+    "reformer": dict(axial_pos_embds_dim=[16, 16], axial_pos_shape=[8, 16]),
+}
+
+
 def tiny(values: dict) -> dict:
     """A configuration's values with every size shrunk."""
     shrunk = {}
     for name, value in values.items():
-        if isinstance(value, dict):
+        if name == "per_layer_config" and value:
+            # One configuration for each layer that differs from the others.
+            value = {1: tiny(list(value.values())[-1])}
+        elif isinstance(value, dict):
             value = tiny(value)
+        elif name == "mrope_section" and value:
+            # They share half of a head's dimensions.
+            value = [2, 3, 3]
+        elif name == "vocab_size" and value is None:
+            value = 64
         elif str(name).endswith("_token_id") and value is not None:
             value = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}.get(name, 3)
-        elif str(name).endswith("layer_types") and value:
-            # The first and the last, which differ where there are two kinds.
+        elif isinstance(value, (list, tuple)) and len(value) == values.get("num_hidden_layers"):
+            # One value a layer: the first and the last, which differ where there are two kinds.
             value = [value[0], value[-1]]
         elif type(value) is int and value > 0:
             for pattern, size in SIZES:
@@ -80,7 +100,7 @@ def tiny_model(kind: str) -> transformers.PreTrainedModel:
     """Raises whatever transformers raises if the type cannot be made small this way."""
     config_class = transformers.CONFIG_MAPPING[kind]
     values = config_class().to_dict()
-    config = config_class.from_dict(tiny(values))
+    config = config_class.from_dict(tiny(values) | FITTING.get(kind, {}))
     with torch.device("meta"):
         count = sum(p.numel() for p in transformers.AutoModel.from_config(config).parameters())
     if count > MOST_WEIGHTS:
@@ -121,55 +141,66 @@ def reads_text(kind: str) -> bool:
 
 @torch.no_grad()
 def states_of_whole(model, tokens: dict):
-    """What the library's whole model says of one caption: (1, T, W), or None if it needs more than
-    text."""
+    """What the library's whole model says of one caption, (1, T, W), or None if it says nothing
+    without an image or a sound."""
     if model.config.is_encoder_decoder:
         tokens = tokens | {"decoder_input_ids": tokens["input_ids"]}
-    try:
-        output = model(**tokens)
-    # Images, audio, boxes: each asks for them in its own way.
-    except Exception:
-        return None
-    for name in ("encoder_last_hidden_state", "last_hidden_state"):
-        if output.get(name) is not None:
-            return output[name]
-    text_output = output.get("text_model_output")
-    return None if text_output is None else text_output.last_hidden_state
+    vision = getattr(model.config, "vision_config", None)
+    image = torch.zeros(1, 3, *2 * [getattr(vision, "image_size", 32)])
+    for inputs in (tokens, tokens | {"pixel_values": image}):
+        with contextlib.suppress(Exception):
+            output = model(**inputs)
+            for name in ("encoder_last_hidden_state", "last_hidden_state"):
+                if output.get(name) is not None:
+                    return output[name]
+            return output.text_model_output.last_hidden_state
+    return None
 
 
 def try_language_model(kind: str) -> tuple[str, str]:
-    """-> (verdict, what is known more)."""
+    """-> (verdict, reason)."""
     try:
         whole = tiny_model(kind)
     except Exception as error:
         return "not built", f"{type(error).__name__}: {error}"
     with tempfile.TemporaryDirectory() as folder:
-        whole.save_pretrained(folder)
         write_tokenizer(Path(folder))
         try:
+            whole.save_pretrained(folder)
             tower = paraclip.TextTower(folder, "frozen", 1, "mean")
-        except UserError as error:
-            return "refused", str(error).replace(folder, kind)
-        trained = ""
+        except Exception as error:
+            kind_of_error = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            return "refused", kind_of_error + str(error).rpartition("cannot be used: ")[2]
+        verdict = compare(whole, tower)
+        for p in tower.lm.parameters():
+            p.data = p.data.bfloat16()
         try:
-            count = sum(not p.requires_grad for p in
-                        paraclip.TextTower(folder, "finetune", 1, "mean").lm.parameters())
-            if count:
-                trained = f"; finetune freezes {count}"
+            with torch.autocast("cpu", torch.bfloat16):
+                paraclip.check_lm(tower.lm, tower.tokenizer, tolerance=0.05)
+        except Exception as error:
+            verdict += f"; frozen in bf16 refused: {error}"
+        try:
+            tower = paraclip.TextTower(folder, "finetune", 1, "mean")
+            if not all(p.requires_grad for p in tower.lm.parameters()):
+                verdict += "; finetune freezes unused weights"
         except UserError as error:
-            trained = f"; finetune refused: {error}".replace(folder, kind)
-    part = "text part" if type(tower.lm) is not type(whole) else "whole"
-    difference = 0.0
+            verdict += f"; finetune refused: {str(error).rpartition('cannot be used: ')[2]}"
+    return "works", verdict
+
+
+@torch.no_grad()
+def compare(whole, tower: paraclip.TextTower) -> str:
+    """How far the states of single captions are from the library's own."""
+    part = "whole" if type(tower.lm) is type(whole) else "text part"
+    largest = 0.0
     for caption in CAPTIONS:
         tokens = paraclip.tokenize(tower.tokenizer, [caption])
         expected = states_of_whole(whole, tokens)
-        with torch.no_grad():
-            states = tower.lm_states(tokens)
+        states = tower.lm_states(tokens)
         if expected is None or expected.shape != states.shape:
-            return "works", f"{part}, the whole model gives no states of text alone{trained}"
-        difference = max(difference, (states - expected).abs().max().item())
-    verdict = "works" if difference < 1e-4 else "differs"
-    return verdict, f"{part}, {difference:.0e} from the library's states{trained}"
+            return f"{part}, not compared: the library's model gives no states of text alone"
+        largest = max(largest, (states - expected).abs().max().item())
+    return f"{part}, {'equal to' if largest < 1e-4 else 'differs from'} the library's"
 
 
 def language_half(cfg: ModelsConfig) -> dict[str, tuple[str, str]]:
