@@ -868,10 +868,11 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
 def text_part(model: nn.Module) -> nn.Module:
     """The part of a model that reads text: of an encoder-decoder the encoder, of a model of several
     modalities the language model, of two towers the text tower; else the model itself."""
-    if model.config.is_encoder_decoder:
+    # A T5 whose encoder was published alone states that it is no encoder-decoder.
+    if model.config.is_encoder_decoder or hasattr(model, "decoder"):
         part = model.get_encoder()
     else:
-        # Of a model without parts, transformers gives the model itself here.
+        # Of a model without parts, the model itself.
         part = model.get_decoder()
     if not isinstance(part, transformers.PreTrainedModel):
         raise ValueError("transformers has no text part of it that works alone")

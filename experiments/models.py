@@ -132,11 +132,11 @@ def reads_text(kind: str) -> bool:
     """Does the type's model take token ids?"""
     try:
         model_class = transformers.MODEL_MAPPING[transformers.CONFIG_MAPPING[kind]]
+        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        return "input_ids" in inspect.signature(model_class.forward).parameters
     # Some need packages that are not there.
     except (ImportError, ValueError):
         return False
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    return "input_ids" in inspect.signature(model_class.forward).parameters
 
 
 @torch.no_grad()
