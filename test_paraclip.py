@@ -1676,6 +1676,164 @@ def test_a_model_loads_with_a_moved_language_model(memorized, lm, tmp_path):
     assert torch.equal(model.encode_text([SHORT]), load_model(memorized).encode_text([SHORT]))
 
 
+TINY_TEXT = SIZES | dict(vocab_size=48)
+TINY_VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                   num_attention_heads=2, image_size=32, patch_size=16)
+PARTS = {
+    # Several modalities: a language model of its own, whose width the outer configuration lacks.
+    "llava": dict(text_config=TINY_TEXT | {"model_type": "llama"},
+                  vision_config=TINY_VISION | {"model_type": "clip_vision_model"}),
+    # Encoders and decoders.
+    "t5": dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2),
+    "bart": dict(d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+                 decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48),
+    # Two towers.
+    "clip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=24),
+    "siglip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_text_part_alone_has_the_whole_models_states(tmp_path, kind):
+    model = build(write_lm(tmp_path, kind, **PARTS[kind]), text="frozen")
+    tokens = model.tokenize([SHORT])
+    whole = transformers.AutoModel.from_pretrained(tmp_path)
+    if kind in ("clip", "siglip"):
+        states = whole(**tokens, pixel_values=torch.zeros(1, 3, 32, 32)).text_model_output[0]
+    elif kind == "llava":
+        states = whole(**tokens).last_hidden_state
+    else:
+        output = whole(**tokens, decoder_input_ids=tokens["input_ids"])
+        states = output.encoder_last_hidden_state
+    assert torch.allclose(model.text_tower.lm_states(tokens), states, atol=1e-6)
+    assert model.text_tower.width == states.shape[-1] == 32
+    # Nothing else is kept.
+    count = sum(p.numel() for p in model.text_tower.lm.parameters())
+    assert count < sum(p.numel() for p in whole.parameters())
+
+
+def test_only_the_text_parts_weights_must_be_there(tmp_path):
+    """Of T5, many publish the encoder alone."""
+    lm = write_lm(tmp_path, "t5", **PARTS["t5"])
+    whole = transformers.AutoModel.from_pretrained(lm)
+    transformers.T5EncoderModel.from_pretrained(lm).save_pretrained(lm)
+    weights = build(lm).text_tower.lm.state_dict()
+    assert same(weights, whole.encoder.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(UserError, match="lack encoder.block.2"):
+        build(lm)
+
+
+class Leaking(torch.nn.Module):
+    """Token states with a fault that shows beside some captions only."""
+
+    def __init__(self, shows):
+        super().__init__()
+        self.embeddings, self.shows = torch.nn.Embedding(99, 8), shows
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask):
+        states = self.embeddings(input_ids).cumsum(dim=1)
+        if self.shows(*input_ids.shape):
+            states = states + 0.01 * states.roll(1, dims=0)
+        return Namespace(last_hidden_state=states)
+
+
+@pytest.mark.parametrize("shows", [
+    pytest.param(lambda B, T: B == 2 and T == 4, id="of one length"),
+    pytest.param(lambda B, T: B == 2 and 4 < T < 20, id="a little longer"),
+    pytest.param(lambda B, T: B == 2 and T > 20, id="full length")])
+def test_states_that_depend_on_neighbours_are_refused(lm, shows):
+    tokenizer = build(lm).text_tower.tokenizer
+    with pytest.raises(ValueError, match="beside it"):
+        paraclip.check_lm(Leaking(shows), tokenizer, tolerance=1e-3)
+    paraclip.check_lm(Leaking(lambda B, T: False), tokenizer, tolerance=1e-3)
+
+
+def test_a_model_that_fails_in_bf16_alone_is_refused(tmp_path, monkeypatch):
+    # Its positions are fp32, and so are their sums with bf16 states.
+    sizes = dict(d_model=32, num_layers=2, attention_heads=2, ffn_dim=48)
+    cfg = Config(**TINY | dict(lm=write_lm(tmp_path, "xglm", **sizes), precision="bf16"))
+    # Only on a GPU are a frozen model's weights cast.
+    monkeypatch.setattr(distributed, "ON_GPU", True)
+    with pytest.raises(UserError, match="in bf16: .*--precision fp32"):
+        paraclip.build(cfg, torch.device("cpu"))
+
+
+def test_weights_without_gradient_are_frozen_and_counted(tmp_path):
+    # Longformer has projections for global attention, which captions do not use.
+    lm = write_lm(tmp_path, "longformer", attention_window=4)
+    tower = build(lm, text="finetune").text_tower
+    frozen = [name for name, p in tower.lm.named_parameters() if not p.requires_grad]
+    assert frozen and all("_global." in name for name in frozen)
+    assert f"; {len(frozen)} weights" in tower.describe()
+    assert "weights" not in build(lm, text="frozen").text_tower.describe()
+
+
+def test_weights_that_only_some_captions_use_cannot_be_trained(tmp_path):
+    sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                 num_sparse_encoder_layers=2, num_experts=8)
+    lm = write_lm(tmp_path, "switch_transformers", **sizes)
+    build(lm, text="frozen")
+    with pytest.raises(UserError, match="depends on the caption"):
+        build(lm, text="finetune")
+
+
+def write_pooling(folder: str, config: dict, *further: str):
+    """What sentence-transformers saves beside a language model."""
+    kinds = ["Transformer", "Pooling", *further]
+    modules = [{"path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+               for i, kind in enumerate(kinds)]
+    (Path(folder) / "1_Pooling").mkdir(exist_ok=True)
+    (Path(folder) / "1_Pooling/config.json").write_text(json.dumps(config))
+    (Path(folder) / "modules.json").write_text(json.dumps(modules))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config, pool, pick", [
+    (None, "mean", lambda states: states.mean(dim=0)),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True},
+     "first", lambda states: states[0]),
+    ({"pooling_mode": "lasttoken", "include_prompt": True}, "last", lambda states: states[-1]),
+    ({"pooling_mode": "max"}, "max", lambda states: states.amax(dim=0))])
+def test_the_models_own_pooling_is_read_and_kept(lm, tmp_path, config, pool, pick):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    if config:
+        write_pooling(folder, config, "Normalize")
+    cfg = Config(**TINY | dict(lm=str(folder), pool="model", text="frozen"))
+    assert cfg.pool == pool
+    model = ParaCLIP(cfg)
+    states = model.text_tower.lm(**model.tokenize([SHORT])).last_hidden_state[0]
+    expected = F.normalize(model.text_proj(pick(states)), dim=-1)
+    assert torch.allclose(model.encode_text([LONG, SHORT])[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("config, further, cause", [
+    ({"pooling_mode_weightedmean_tokens": True}, [], "weightedmean"),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, [], "cls[+]mean"),
+    ({"pooling_mode": "mean"}, ["Dense", "Normalize"], "mean, then Dense")])
+def test_a_pooling_that_is_not_ours_is_refused(lm, tmp_path, config, further, cause):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    write_pooling(folder, config, *further)
+    with pytest.raises(UserError, match=cause):
+        Config(**TINY | dict(lm=str(folder), pool="model"))
+
+
+def test_a_run_begins_with_the_tokens_of_a_caption(lm, tmp_path, capsys):
+    train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", steps=2)
+    assert "'a dog' is [CLS] a dog [SEP]\n" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_asked_for_its_mask(lm, tmp_path):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert torch.equal(build(str(folder)).encode_text([SHORT]), build(lm).encode_text([SHORT]))
+
+
 # ---- paraclip.py: what a GPU does differently, on a CPU ------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("text, precision, atol", [
