@@ -14,6 +14,12 @@ The file goes from the settings to the image tower, the text tower, both togethe
 step and the training loop; how the language model is loaded comes last.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import hashlib
@@ -23,8 +29,6 @@ import json
 import math
 import os
 import re
-import signal
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -109,10 +113,9 @@ class Config:
         if self.image_size % self.patch_size:
             raise UserError(f"--image-size {self.image_size} must be a multiple of --patch-size "
                             f"{self.patch_size}")
-        if self.width % self.heads:
-            raise UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
-        if self.width % 4:
-            raise UserError(f"--width {self.width} must be a multiple of 4")
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"--width {self.width} must be a multiple of 4 and of --heads "
+                            f"{self.heads}")
         if self.stem == "conv" and self.patch_size not in (2, 4, 8, 16, 32, 64):
             raise UserError(f"--patch-size {self.patch_size} must be a power of two, at least 2, "
                             "with --stem conv, which halves the image; or give --stem patch")
@@ -645,33 +648,29 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
     rare synonym is such a word.
     """
-    # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
     inner_weights = set()
     for tower in (model.image_tower, model.text_tower):
         for layer in tower.modules():
+            # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 inner_weights.add(id(layer.weight))
-    # Parameters that share learning rate and decay form a group.
-    muon_groups, adamw_groups = {}, {}
+    # A group is a weight with its learning rate and decay.
+    muon_groups, adamw_groups = [], []
     for name, p in trained_weights(model).items():
-        # A convolution's kernel has 4 dimensions, the class token 3.
-        is_matrix = p.ndim in (2, 4)
-        is_finetuned = cfg.text == "finetune" and name.startswith("text_tower.lm.")
-        lr = cfg.lr * cfg.lm_lr if is_finetuned else cfg.lr
-        decay = cfg.weight_decay if is_matrix and not is_finetuned else 0.0
-        groups = adamw_groups
+        groups, lr, decay = adamw_groups, cfg.lr, cfg.weight_decay
+        # A matrix has 2 dimensions, a convolution's kernel 4, the class token 3.
+        if p.ndim not in (2, 4):
+            decay = 0.0
+        if cfg.text == "finetune" and name.startswith("text_tower.lm."):
+            lr, decay = lr * cfg.lm_lr, 0.0
         if cfg.optimizer == "muon" and id(p) in inner_weights:
-            groups = muon_groups
-            lr = MUON_LR * lr
-        if (lr, decay) not in groups:
-            groups[lr, decay] = dict(params=[], lr=lr, peak_lr=lr, weight_decay=decay)
-        groups[lr, decay]["params"].append(p)
-    adamw = torch.optim.AdamW(
-        list(adamw_groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
+            groups, lr = muon_groups, MUON_LR * lr
+        groups.append(dict(params=[p], lr=lr, peak_lr=lr, weight_decay=decay))
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if not muon_groups:
         return [adamw]
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    return [adamw, Muon(list(muon_groups.values()), dtype)]
+    return [adamw, Muon(muon_groups, dtype)]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -711,11 +710,11 @@ def train(cfg: Config, make_objective=Contrastive):
     steps_per_epoch = len(index) // cfg.batch_size
     steps = cfg.steps or round(cfg.epochs * steps_per_epoch)
     check_sizes(cfg, index, world_size, steps)
-    # What decides the results besides the settings.
-    facts = dict(samples=len(index), fingerprint=index.fingerprint,
-                 objective=make_objective.__name__)
+    # All that decides the results.
+    config = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint,
+                                objective=make_objective.__name__)
 
-    with open_run_folder(cfg.out, steps, asdict(cfg), facts, MAY_CHANGE, MAY_DIFFER) as run:
+    with open_run_folder(cfg.out, steps, config, MAY_CHANGE, MAY_DIFFER) as run:
         if run.step >= steps:
             run.print(f"{cfg.out} is finished: {steps} steps; to train again, give another --out")
             return
@@ -783,9 +782,6 @@ def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
     if not steps:
         raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
                         f"step of --batch-size {cfg.batch_size}")
-    if cfg.warmup >= steps and rank_and_world_size()[0] == 0:
-        print(f"note: the warm-up ({cfg.warmup} steps) is longer than the run ({steps} steps)",
-              file=sys.stderr)
 
 
 def build(cfg: Config, device: torch.device):
@@ -863,6 +859,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
             freeze_unused(lm, tokenizer)
     # Hub, files, configurations and safetensors raise a dozen types of error here.
     except Exception as error:
+        if not os.path.exists(path):
+            error = f"there is no such folder; as a name on the Hugging Face hub: {error}"
         raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
 
@@ -1074,11 +1072,10 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
     """Loads all trained weights, and the optimizers' states. Raises UserError unless each weight
     fits, and unless the language model is the one that the run was trained on."""
     if model.text_tower.lm_hash != checkpoint["lm"]["sha256"]:
-        raise UserError(f"the checkpoint belongs to another version of the language model "
-                        f"{checkpoint['lm']['name']}")
-    weights = trained_weights(model)
-    if weights.keys() != checkpoint["model"].keys() or any(
-            p.shape != checkpoint["model"][name].shape for name, p in weights.items()):
+        raise UserError(f"the language model is not {checkpoint['lm']['name']} as it was in "
+                        "training: its words, configuration or weights have changed")
+    shapes = {name: p.shape for name, p in trained_weights(model).items()}
+    if shapes != {name: weight.shape for name, weight in checkpoint["model"].items()}:
         raise UserError("the checkpoint was written by another version: its weights do not fit")
     # Not strict, since a frozen language model's weights are not in the checkpoint.
     model.load_state_dict(checkpoint["model"], strict=False)
@@ -1095,14 +1092,12 @@ def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> Par
     UserError if there is no checkpoint, or if it does not fit.
     """
     checkpoint = read_checkpoint(path, ["model", "config", "lm"])
-    # Objectives beyond the paper add fields of their own, which the model does not need.
-    names = {field.name for field in fields(Config)}
-    config = {name: value for name, value in checkpoint["config"].items() if name in names}
-    if config.keys() < names:
-        raise UserError(f"{path} was written by another version: its config lacks "
-                        f"{', '.join(sorted(names - config.keys()))}")
-    config["lm"] = lm or config["lm"]
-    model = ParaCLIP(Config(**config | {"precision": precision}))
+    # Not all of config.json: it also names the data, and other objectives have more fields.
+    try:
+        config = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
+    except KeyError as name:
+        raise UserError(f"{path} was written by another version: its config lacks {name}") from None
+    model = ParaCLIP(Config(**config | dict(precision=precision, lm=lm or config["lm"])))
     restore(model, checkpoint)
     return model.to(device).eval()
 
