@@ -5,11 +5,11 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 # Nothing but the packages may come over the network, and only the finding's own lines are printed.
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 
 install() { # PACKAGE==VERSION ...
     python3 -m venv venv
-    venv/bin/pip install -qq --disable-pip-version-check "$@"
+    venv/bin/pip install -qq --no-compile --disable-pip-version-check "$@"
 }
 
 observe() {

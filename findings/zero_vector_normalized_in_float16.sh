@@ -1,8 +1,7 @@
 # F.normalize turns a zero vector into NaN in float16, into zeros in float32 and bfloat16.
 #
-# Guess: the eps of F.normalize and F.cosine_similarity keeps zero and tiny vectors finite.
+# Guess: the eps of F.normalize and F.cosine_similarity keeps a zero vector finite.
 # Seen: the eps of both, 1e-12 and 1e-8, is itself 0 in float16, so that zeros are divided by zero.
-#     The same holds for a vector whose entries are below float16's smallest number.
 # Versions: torch 2.14.1.
 # Why it matters: one empty feature (a caption of padding alone, a dead projection) makes a column of
 #     the scores NaN; the loss of the whole batch follows, and a ranking puts NaN first.
