@@ -54,8 +54,7 @@ import paraclip
 from common import distributed, run_folder
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import rank_and_world_size
-from common.files import atomic_write
-from common.run_folder import StopSignals
+from common.files import atomic_write, cache_folder
 from data import BadSample, Batch, Sample, ShardIndex, collate
 from demo import edits
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
