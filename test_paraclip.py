@@ -2392,6 +2392,9 @@ def test_an_unclear_gallery_is_refused(tmp_path):
 def test_images_are_found_by_every_unambiguous_name(name, found):
     gallery = ev.Gallery(dict.fromkeys(["a/1.png", "b/1.png", "b/2.png", "caf\u00e9.png"]), "x/val")
     assert gallery.find(name) == found
+    # A part of it knows the same names, also those that would be unique in the part.
+    part = gallery.only(["a/1.png", "val/b/2.png", "caf\u00e9.png"])
+    assert part.names == ["a/1.png", "b/2.png", "caf\u00e9.png"] and part.find(name) == found
 
 
 def test_one_image_never_ends_an_evaluation(tmp_path):
@@ -2515,10 +2518,20 @@ def test_recall_equals_a_loop(k):
 def test_recall_from_images_finds_any_text():
     texts, images = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4)[[1, 0, 3]]
     # Text 3 shows image 2, which is no text's nearest. Texts 0 and 2 are of one group.
-    found = ev.image_to_text(texts, images, [[1], [1], [0], [2]], np.array([7, 5, 7, 9]))
+    found = ev.image_to_text("abcd", texts, images, [[1], [1], [0], [2]], np.array([7, 5, 7, 9]))
     # In the order in which the texts first name the images: 1, 0, 2.
     assert found["i2t@1"].values.tolist() == [1, 1, 0]
     assert found["i2t@1"].groups.tolist() == [7, 7, 9]
+
+
+def test_a_text_that_stands_twice_is_one_candidate():
+    # Text a, thrice, is nearer to image 1 than its own text b.
+    texts, images = torch.tensor([[1, 0.1], [1, 0.1], [1, 0.1], [0, 1.0]]), torch.eye(2)[[0, 0]]
+    found = ev.image_to_text("aaab", texts, images, [[0], [0], [0], [1]], np.arange(4))
+    assert found["i2t@1"].values.tolist() == [1, 0] and found["i2t@5"].values.tolist() == [1, 1]
+    ranked = ev.image_to_text("aaab" * 4, texts.repeat(4, 1), images, [[0], [0], [0], [1]] * 4,
+                              np.arange(16))
+    assert ranked["i2t@5"].values.tolist() == [1, 1]
 
 
 def test_spearman_shares_the_ranks_of_ties():
@@ -2545,8 +2558,8 @@ def test_interval_is_as_wide_as_normal():
 
 def test_interval_of_all_or_none_is_exact():
     def interval(value, groups, of_differences=False):
-        scores = {(): ev.Scores(np.full(len(groups), value), np.array(groups))}
-        return ev.estimate(scores, 0, of_differences)[()].interval
+        scores = {("ao",): ev.Values(np.full(len(groups), value), np.array(groups))}
+        return ev.estimate(scores, 0, of_differences)["ao",].interval
 
     exact = scipy.stats.binomtest(20, 20).proportion_ci(0.95, "exact")
     assert interval(1.0, range(20)) == pytest.approx((exact.low, 1))
@@ -2619,7 +2632,7 @@ def test_a_tie_of_triplets_is_a_miss(tmp_path, p1, p2, negative, image, text_onl
         "filename": "x"}))
     cfg = ev.EvalConfig(triplets=[str(tmp_path / "f")])
     gallery = ev.Gallery({"x": None})
-    images = ev.Images(gallery, ["x"], VECTORS[[image]])
+    images = ev.EncodedGallery(gallery, ["x"], VECTORS[[image]])
     results = ev.Triplets(cfg, gallery).measure(BY_NUMBER, images, cfg)
     assert results["triplets", "f", "text_only"].values == [text_only]
     assert results["triplets", "f", "image_text"].values == [image_text]
@@ -2634,7 +2647,7 @@ def test_class_prompts_are_averaged(tmp_path):
                         templates=str(tmp_path / "prompts"))
     # Class 0 would be nearer by the first prompt alone, or if longer features weighed more.
     gallery = ev.Gallery({"x": None})
-    images = ev.Images(gallery, ["x"], torch.tensor([[0.9, 0.3]]))
+    images = ev.EncodedGallery(gallery, ["x"], torch.tensor([[0.9, 0.3]]))
     results = ev.ZeroShot(cfg, gallery).measure(model, images, cfg)
     # Of two classes, the correct one is always among the first five.
     assert results["zeroshot", "top1"].values == [1] and ("zeroshot", "top5") not in results
@@ -2667,7 +2680,8 @@ def test_contrast_of_models_built_for_it(tmp_path, encode_text, expected):
     gallery = ev.Gallery(dict.fromkeys("0123456789"[:width]))
     cfg = ev.EvalConfig(pairs=[str(tmp_path / "pairs.jsonl")], k=1)
     task = ev.Pairs(cfg, gallery)
-    images = ev.Images(gallery, gallery.names, torch.eye(width) + torch.eye(width).roll(1, 1) / 2)
+    features = torch.eye(width) + torch.eye(width).roll(1, 1) / 2
+    images = ev.EncodedGallery(gallery, gallery.names, features)
     results = task.measure(Namespace(encode_text=encode_text), images, cfg)
     assert results["contrast",].values.tolist() == [expected] * 2 or expected == 0
     # Pairs that change the meaning are no part of AO.
@@ -2708,7 +2722,7 @@ GOOD_FILES = {
     "array": (ev.read_pairs, json.dumps([PAIR]), [QP]),
     "one line": (ev.read_pairs, json.dumps(PAIR), [QP]),
     "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [QP] * 2),
-    "pairs in csv": (ev.read_pairs, 'kind,Query,paraphrase,same\nx,q,"p, ""r""\ns",False\n',
+    "pairs in csv": (ev.read_pairs, 'kind,Query,paraphrase,same,group\nx,q,"p, ""r""\ns",False,\n',
                      [ev.Pair("q", 'p, "r"\ns', kind="x", same=False)]),
     "sugarcrepe": (ev.read_pairs, f"[{SUGAR}]", [SUGAR_PAIR]),
     "numbered": (ev.read_pairs, f'{{"0": {SUGAR}, "1": {SUGAR}}}', [SUGAR_PAIR] * 2),
@@ -2719,6 +2733,8 @@ GOOD_FILES = {
     "datasets": (ev.read_captions, '{"file_name": "a", "text": "x"}\n'
                                    '{"file_name": "b", "captions": ["y", "z"]}',
                  {"a": ["x"], "b": ["y", "z"]}),
+    "captions of splits": (ev.read_captions, "image,caption,split\na,x,test\nb,y,train\n",
+                           {"a": ["x"]}),
     "kaggle": (ev.read_captions, 'image,caption\na,"x, y"\na,z\n', {"a": ["x, y", "z"]}),
     "flickr": (ev.read_captions, "a.jpg#0\tx\na.jpg#1\ty\n", {"a.jpg": ["x", "y"]}),
     "csv": (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
@@ -2843,6 +2859,9 @@ def test_class_names_must_be_words_and_different(tmp_path, folders, names, compl
 def test_classes_in_shards_of_clip_benchmark(tmp_path):
     members = [member for i in (2, 0, 1) for member in sample(i) + [(f"{i:05d}.cls", b"%d\n" % i)]]
     write_tar(tmp_path / "test/0.tar", members)
+    (tmp_path / "classnames.txt").write_text("ant\nbee\n")
+    with pytest.raises(UserError, match="00002.cls is 2, and classnames.txt has 2 names"):
+        ev.read_classes(str(tmp_path))
     (tmp_path / "classnames.txt").write_text("ant\nbee\ncow\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
     task = ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path)), None)
@@ -3070,7 +3089,7 @@ def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path
 
 def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
     def nothing_in_common(task, model, images, cfg):
-        return {(f"{model.is_siglip}",): ev.Scores(np.ones(2), np.arange(2))}
+        return {(f"{model.is_siglip}",): ev.Values(np.ones(2), np.arange(2))}
     monkeypatch.setattr(ev.STS, "measure", nothing_in_common)
     clip, siglip = evaluate(capsys, "clip", "siglip", "--sts", "sts.csv")
     assert "diff" not in siglip
@@ -3324,7 +3343,8 @@ def test_few_observations_are_marked(cd, capsys):
 def test_a_difference_beyond_its_interval_is_marked():
     estimates = {"+10.0 ±7.5≠": ev.Estimate(0.1, (0.05, 0.2), 50),
                  "+10.0 ±10.0 ": ev.Estimate(0.1, (0, 0.2), 50),
-                 "-10.0 ±7.5≠": ev.Estimate(-0.1, (-0.2, -0.05), 9)}
+                 "-10.0 ±7.5≠": ev.Estimate(-0.1, (-0.2, -0.05), 50),
+                 "-10.0 ±7.5*": ev.Estimate(-0.1, (-0.2, -0.05), 9)}
     column = ev.Column("x", estimates, is_difference=True)
     assert [column.cell(name) for name in estimates] == list(estimates)
     assert ev.Column("x", {(): ev.Estimate(0.5, None, 1)}).cell(()) == "50.0*"
@@ -3411,6 +3431,7 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip --sts sts.csv --figure x.png", "show pairs: give --pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --images images --query dog", "belong together"),
+    ("clip --images images", "what to search for"),
     ("clip --images images --query= --paraphrase=", "a text each"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
     ("clip --pairs triplets.json --images images --json no/x", "in no folder"),
