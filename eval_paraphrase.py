@@ -32,6 +32,7 @@ import math
 import os
 import re
 import sys
+import tarfile
 import textwrap
 import traceback
 import unicodedata
@@ -106,8 +107,8 @@ def check_flags(cfg: EvalConfig):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
-    read = [cfg.captions, cfg.sts, cfg.zeroshot, cfg.classnames, cfg.templates, cfg.images,
-            *cfg.pairs, *cfg.triplets]
+    read = [cfg.captions, cfg.sts, cfg.zeroshot.rpartition(":")[2], cfg.classnames, cfg.templates,
+            cfg.images, *cfg.pairs, *cfg.triplets]
     for name in cfg.models:
         # Of a run folder this is read; measurements may lie beside it.
         checkpoint = Path(name, "model.pt")
@@ -196,33 +197,71 @@ def round_to_step(x: torch.Tensor) -> torch.Tensor:
 
 
 def unit_features(features) -> torch.Tensor:
-    """Features (N, E), L2-normalised and rounded to multiples of STEP, as fp64 on the CPU.
+    """Features (N, E), L2-normalised and rounded to multiples of STEP, which fp32 holds exactly.
 
     Products of such numbers are multiples of 2^-48, and sums of them up to 1 fit into fp64's 53
-    bits. So dot products are exact: images with equal features tie, wherever they stand.
+    bits. So fp64 dot products are exact: images with equal features tie, wherever they stand.
     """
-    features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
-    return round_to_step(normalize(features, dim=-1))
+    features = torch.as_tensor(features, device="cpu")
+    units = torch.empty(features.shape)
+    # In parts, as in fp64 all at once would take several times the memory of the features.
+    for part, unit in zip(features.split(4096), units.split(4096)):
+        unit.copy_(round_to_step(normalize(part.double(), dim=-1)))
+    return units
 
 
-def rankings(query_features, gallery_features, k: int, chunk: int = 128) -> torch.Tensor:
+def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**25) -> torch.Tensor:
     """The k most similar gallery images of every query, best first.
 
-    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index. At most
-    chunk x N similarities exist at a time.
+    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index.
     query_features (Q, E), gallery_features (N, E). Returns (Q, min(k, N)) indices, int64.
     Example: query (1, 0) and gallery (0, 1), (1, 0), (2, 0) with k = 2 give [1, 2].
     """
     queries, gallery = unit_features(query_features), unit_features(gallery_features)
+    # With less, fp32 products could be computed in bf16.
+    torch.set_float32_matmul_precision("highest")
+    parts = queries.split(max(1, scores_at_once // len(gallery)))
+    return torch.cat([rank_by_candidates(part, gallery, min(k, len(gallery))) for part in parts])
+
+
+def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features: fp32 finds some more than k candidates, fp64 ranks them."""
+    (n, width), count, block = gallery.shape, k + 22, 64
+    if n < 2 * block * count:
+        return rank_exactly(queries, gallery, k)
+    scores = queries @ gallery.T  # (Q, N)
+    # The best `count` images lie in the `count` blocks with the best maxima, or behind the blocks.
+    # That is faster to find than among all. Block i holds the images i, i + stride, i + 2 stride...
+    stride = n // block
+    maxima = scores[:, :block * stride].view(len(queries), block, stride).amax(1)
+    best_blocks = maxima.topk(count).indices
+    members = (best_blocks[:, None] + stride * torch.arange(block)[:, None]).flatten(1)
+    behind = torch.arange(block * stride, n).expand(len(queries), -1)
+    members = torch.cat([members, behind], dim=1)
+    best = scores.gather(1, members).topk(count)
+    # In the gallery's order, which a stable sort keeps among equals.
+    candidates = members.gather(1, best.indices).sort(dim=1).values  # (Q, count)
+    exact = (gallery[candidates].double() @ queries.double()[..., None])[..., 0]
+    exact = round_to_step(exact).sort(dim=1, descending=True, stable=True)
+    ranked = candidates.gather(1, exact.indices[:, :k])
+    # A product of unit vectors in fp32 is off by at most E x 2^-24. Where an image that is no
+    # candidate could therefore be among the first k, all are ranked in fp64.
+    unsure = exact.values[:, k - 1] <= best.values[:, -1] + (width + 1) * STEP
+    ranked[unsure] = rank_exactly(queries[unsure], gallery, k)
+    return ranked
+
+
+def rank_exactly(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features, in fp64."""
     n = len(gallery)
     # torch.topk promises no order among equal values, and a stable sort of the whole gallery takes
     # far longer. So ties are broken by a penalty that grows with the index, and that is smaller
     # than STEP, the smallest difference of two similarities.
     penalty = torch.arange(n, dtype=torch.float64) * (STEP / n)
-    ranked = []
-    for part in queries.split(chunk):
-        scores = round_to_step(part @ gallery.T) - penalty
-        ranked.append(scores.topk(min(k, n)).indices)
+    ranked = [torch.empty(0, k, dtype=torch.int64)]
+    for part in queries.double().split(max(1, 2**24 // n)):
+        scores = torch.cat([part @ images.double().T for images in gallery.split(4096)], dim=1)
+        ranked.append((round_to_step(scores) - penalty).topk(k).indices)
     return torch.cat(ranked)
 
 
@@ -236,28 +275,16 @@ def similarity(a, b) -> np.ndarray:
     return round_to_step(cosine).numpy()
 
 
-def precision_at_k(ranked, correct, k: int) -> np.ndarray:
-    """Precision@k: the share of the first k items that is correct, in [0, 1].
-
-    ranked: (Q, K) indices, best first; correct: for each query the indices of its correct items.
-    Returns (Q,) float64. Example: ranked [[3, 1], [0, 2]], correct [{1}, {0, 2}]: precision@2 is
-    [0.5, 1].
-    """
-    values = []
-    first = np.asarray(ranked)[:, :k].tolist()
-    for items, correct_items in zip(first, correct, strict=True):
-        hits = set(items) & set(correct_items)
-        values.append(len(hits) / len(items))
-    return np.array(values)
-
-
 def recall_at_k(ranked, correct, k: int) -> np.ndarray:
     """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0.
 
-    (Textbook recall is the share of the correct items that is found.) See above.
+    ranked: (Q, K) indices, best first; correct: for each query the indices of its correct items.
+    (Textbook recall is the share of the correct items that is found.) Returns (Q,) float64.
     Example: ranked [[3, 1], [0, 2]], correct [{1}, {1, 2}]: recall@1 = [0, 0], recall@2 = [1, 1].
     """
-    return (precision_at_k(ranked, correct, k) > 0).astype(float)
+    first = np.asarray(ranked)[:, :k].tolist()
+    found = [not set(items).isdisjoint(right) for items, right in zip(first, correct, strict=True)]
+    return np.array(found, dtype=float)
 
 
 def spearman(a, b) -> float:
@@ -585,17 +612,18 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
     name: of the model, for UserError, if it does not return them.
     """
     features = encoder(batch)
-    with expecting(name, "encode_image and encode_text to return features (B, E) as a tensor, "
-                         "array or list"):
+    with expecting(name, "encode_image and encode_text to return a vector of finite numbers, not "
+                         "all of them 0, for each input, as a tensor, array or list (B, E)"):
+        features = torch.as_tensor(features)
+        if features.is_complex():
+            raise ValueError("they are complex")
         # A copy, since an encoder may fill one buffer again and again.
-        features = torch.as_tensor(features).to("cpu", torch.float32, copy=True)
-        shape = list(features.shape)
-    # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as would
-    # the direction of a vector without length.
-    if len(shape) != 2 or shape[0] != size or not features.isfinite().all() \
-            or not (features.norm(dim=-1) > 1e-12).all():
-        raise UserError(f"{name}: expected a vector of finite numbers, not all of them 0, for each "
-                        f"of {size} inputs; the model gave shape {shape}")
+        features = features.to("cpu", torch.float32, copy=True)
+        # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as
+        # would the direction of a vector without length.
+        if features.ndim != 2 or len(features) != size or not features.isfinite().all() \
+                or not (features.norm(dim=-1) > 1e-12).all():
+            raise ValueError(f"for {size} inputs, the shape is {list(features.shape)}")
     return features
 
 
@@ -631,7 +659,7 @@ class Gallery:
         self.known.update({plain(name): name for name in images})
 
     def find(self, name: str) -> str | None:
-        """The gallery's own name of an image; None if there is none, or none that is meant alone."""
+        """The gallery's own name of an image; None if none, or more than one, has the name."""
         if name in self.images:
             return name
         # COCO's and others' files name the folder as well.
@@ -936,13 +964,13 @@ def read_lines(path) -> list[str]:
 
 
 def read_classnames(path) -> list[str]:
-    """A class name per line. Of ImageNet's lines, "n01440764 tench, Tinca tinca", the first name."""
+    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca"."""
     return [re.sub(r"^n\d{8} ([^,]*).*", r"\1", line) for line in read_lines(path)]
 
 
 def read_templates(path) -> list[str]:
-    """Prompts, one per line, each with {} where the class name goes."""
-    templates = read_lines(path)
+    """Prompts, one per line, each with {} (CLIP_benchmark: {c}) where the class name goes."""
+    templates = [line.replace("{c}", "{}") for line in read_lines(path)]
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{path}: expected {{}} for the class name in {template!r}")
@@ -964,12 +992,17 @@ def read_labels(path) -> tuple[list[str], dict[str, int]]:
     return names, labels
 
 
+# What CLIP_benchmark writes beside the shards of a classification set.
+CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
+
+
 def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
     """(gallery, class names, {image name: class index}, where the names are from) of a test set.
 
-    source is a folder with a folder per class, imagenet:ROOT (those of ROOT/val), or cifar10:ROOT
-    or cifar100:ROOT (torchvision's). Class names are torchvision's for CIFAR and for ImageNet's
-    1000 folders, otherwise those of the folders, with spaces for underscores. Raises UserError.
+    source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
+    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
+    torchvision's for CIFAR and for ImageNet's 1000 folders, otherwise those of the folders, with
+    spaces for underscores. Raises UserError.
     """
     kind, colon, root = source.partition(":")
     if colon and kind in ("cifar10", "cifar100"):
@@ -979,6 +1012,17 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
                   for i, pixels in enumerate(dataset.data)}
         labels = dict(zip(images, dataset.targets))
         return Gallery(images), dataset.classes, labels, "torchvision"
+
+    if Path(source, CLASS_NAMES).is_file():
+        gallery, labels = list_gallery(f"{source}/test"), {}
+        for shard in Path(source, "test").glob("*.tar"):
+            with expecting(shard, "KEY.cls, the number of its class, beside each image"):
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, _, extension = member.name.rpartition(".")
+                        if extension == "cls" and key in gallery.images:
+                            labels[key] = int(tar.extractfile(member).read())
+        return gallery, read_lines(Path(source, CLASS_NAMES)), labels, CLASS_NAMES
 
     is_imagenet = bool(colon) and kind == "imagenet"
     folder = Path(root).expanduser() / "val" if is_imagenet else Path(source)
@@ -1083,7 +1127,7 @@ def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def comparisons(pairs: list[Pair]) -> np.ndarray:
-    """(C, 2): the indices of all pairs that keep and that change the meaning of a text in common."""
+    """(C, 2): indices of a pair that keeps and one that changes the meaning of the same text."""
     kept, changed = {}, {}
     for i, pair in enumerate(pairs):
         for text in (pair.query, pair.paraphrase):
@@ -1173,63 +1217,35 @@ class Pairs(Task):
         else:
             features = embed_texts(model, texts, cfg)
             ranked = rankings(features, images.features, depth).numpy()
+            features = features.view(2, len(self.pairs), -1)
         ranked = ranked.reshape(2, len(self.pairs), -1)
-        same = np.array([pair.same for pair in self.pairs])
-        groups = group_numbers(self.pairs)
+        self.same = np.array([pair.same for pair in self.pairs])
+        self.groups = group_numbers(self.pairs)
         correct = [[images.rows[name] for name in pair.images if name in images.rows]
                    for pair in self.pairs]
+        # Those of pairs that change the meaning are no part of recall.
+        asked = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
 
         # {name: (P,) values of all P pairs}, NaN where a metric says nothing of a pair.
         values = {(name,): value for name, value in compare_lists(*ranked, self.k).items()}
-        kept = np.flatnonzero(same)
-        partners = unrelated([self.pairs[i] for i in kept], groups[kept], cfg.seed)
-        kept, partners = kept[partners >= 0], kept[partners[partners >= 0]]
-        chance = compare_lists(ranked[0, kept], ranked[1, partners], self.k)
-        for name, value in chance.items():
-            values[f"{name}_random",] = np.full(len(same), np.nan)
-            values[f"{name}_random",][kept] = value
+        values |= self.chance(ranked, cfg.seed)
         values["ao_minus_random",] = values["ao",] - values["ao_random",]
         # Beside --captions, "recall" is that of the captions.
-        key = "query_recall" if cfg.captions else "recall"
-        asked = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
-        for side, side_key in enumerate((key, "paraphrase_recall")):
+        keys = ["query_recall" if cfg.captions else "recall", "paraphrase_recall"]
+        for side, key in enumerate(keys):
             for name, value in text_to_image(ranked[side], asked, depths).items():
-                values[side_key, name] = value
-            # With several correct images a hit among ten says little: most models have one.
-            if 10 in depths and any(len(rows) > 1 for rows in asked):
-                precision = precision_at_k(ranked[side], asked, 10)
-                precision[[not rows for rows in asked]] = np.nan
-                values[side_key.replace("recall", "precision"), "t2i@10"] = precision
-        compared = comparisons(self.pairs)
-        contrasts = contrast(*values["ao",][compared.T])
+                values[key, name] = value
 
         results = {("split",): cfg.split} if cfg.benchmark else {}
-        for path, chosen in self.subsets.items():
-            if path == ():
-                results |= {("k",): self.k, ("gallery",): len(images.names)}
-            shown = chosen if path[:1] == ("changed",) else chosen[same[chosen]]
-            results[*path, "pairs"] = len(shown)
-            results[*path, "groups"] = len(set(groups[shown]))
-            for name, value in values.items():
-                known = shown[~np.isnan(value[shown])]
-                if len(known):
-                    results[*path, *name] = Scores(value[known], groups[known])
-            inside = np.isin(compared[:, 1], chosen)
-            if inside.any():
-                results[*path, "contrast_pairs"] = int(inside.sum())
-                results[*path, "contrast"] = Scores(contrasts[inside], groups[compared[inside, 0]])
-        if not same.all():
-            results["ao_changed",] = Scores(values["ao",][~same], groups[~same])
+        results |= self.slices(values, images)
         if self.names:
             known = [i for i, rows in enumerate(asked) if rows]
             results["recall_pairs",] = len(known)
             if features is not None and known:
-                by_side = features.view(2, len(self.pairs), -1)
-                for side, side_key in enumerate((key, "paraphrase_recall")):
-                    for name, scores in image_to_text(by_side[side, known], images.features,
-                                                      [asked[i] for i in known],
-                                                      groups[known]).items():
-                        results[side_key, name] = scores
+                for side, key in enumerate(keys):
+                    found = image_to_text(features[side, known], images.features,
+                                          [asked[i] for i in known], self.groups[known])
+                    results |= {(key, name): scores for name, scores in found.items()}
 
         # What --details writes of each pair, and figures show.
         self.details = []
@@ -1240,6 +1256,41 @@ class Pairs(Task):
                 "query_ranking": [images.names[row] for row in ranked[0, i]],
                 "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
                 "images": [images.names[row] for row in correct[i]]})
+        return results
+
+    def chance(self, ranked, seed: int) -> dict:
+        """Values of unrelated pairs: the query of each with the paraphrase of another."""
+        kept = np.flatnonzero(self.same)
+        partners = unrelated([self.pairs[i] for i in kept], self.groups[kept], seed)
+        queries, others = kept[partners >= 0], kept[partners[partners >= 0]]
+        values = {}
+        for name, value in compare_lists(ranked[0, queries], ranked[1, others], self.k).items():
+            values[f"{name}_random",] = np.full(len(self.pairs), np.nan)
+            values[f"{name}_random",][queries] = value
+        return values
+
+    def slices(self, values: dict, images) -> dict:
+        """The results of each subset of the pairs."""
+        results = {}
+        compared = comparisons(self.pairs)
+        contrasts = contrast(*values["ao",][compared.T])
+        for path, chosen in self.subsets.items():
+            if path == ():
+                results |= {("k",): self.k, ("gallery",): len(images.names)}
+            shown = chosen if path[:1] == ("changed",) else chosen[self.same[chosen]]
+            results[*path, "pairs"] = len(shown)
+            results[*path, "groups"] = len(set(self.groups[shown]))
+            for name, value in values.items():
+                known = shown[~np.isnan(value[shown])]
+                if len(known):
+                    results[*path, *name] = Scores(value[known], self.groups[known])
+            inside = np.isin(compared[:, 1], chosen)
+            if inside.any():
+                results[*path, "contrast_pairs"] = int(inside.sum())
+                groups = self.groups[compared[inside, 0]]
+                results[*path, "contrast"] = Scores(contrasts[inside], groups)
+        if not self.same.all():
+            results["ao_changed",] = Scores(values["ao",][~self.same], self.groups[~self.same])
         return results
 
 
@@ -1380,8 +1431,9 @@ class ZeroShot(Task):
             raise UserError(f"{names_from}: {len(twice)} names stand for several classes, such as "
                             f"{twice[0]!r}: give different ones with --classnames")
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
-        if cfg.templates:
-            self.templates, templates_from = read_templates(cfg.templates), cfg.templates
+        if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
+            templates_from = cfg.templates or PROMPTS
+            self.templates = read_templates(cfg.templates or Path(cfg.zeroshot, PROMPTS))
         self.sources = {("zeroshot", "classnames"): f"from {names_from}",
                         ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 
@@ -1501,7 +1553,7 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
 def to_json(estimates: dict) -> dict:
     """Nested dicts: ("kinds", "order", "ao") becomes kinds.order.ao, its interval ...ao_ci.
 
-    The intervals of recall and precision stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
+    The intervals of recall stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
     """
     report = {}
 
@@ -1712,11 +1764,12 @@ def main(argv=None):
                 file.write(json.dumps(record).encode() + b"\n")
     if cfg.figure and details:
         from demo.figure import draw_pairs
-        draw_pairs(cfg.figure, tasks[0].gallery, details, tasks[0].k, open_image)
+        draw_pairs(cfg.figure, tasks[0].gallery.images, reports[0]["gallery"], details, tasks[0].k,
+                   open_image)
     if cfg.report and details:
         from demo.report import write_report
         write_report(cfg.report, [column.header for column in columns], table_of(columns), reports,
-                     tasks[0].gallery, details, tasks[0].k, open_image, cfg.report_pairs)
+                     tasks[0].gallery.images, details, tasks[0].k, open_image, cfg.report_pairs)
     if failures:
         raise UserError("; ".join(failures))
 

@@ -129,12 +129,12 @@ update();
 """
 
 
-def write_report(path, headers, table, reports, gallery, details, k, open_image, most_pairs):
+def write_report(path, headers, table, reports, images, details, k, open_image, most_pairs):
     """Writes the page, with at most `most_pairs` pairs, and fewer if it would exceed MAX_BYTES.
 
     headers: of the columns of the table. table: (lines above it, [(section title, [(row title, a
     cell for each column)])]). reports: a dict for each model, as in the JSON. details: {model
-    label: what --details writes of each pair}, of the same models. gallery.images: {image name:
+    label: what --details writes of each pair}, of the same models. images: {name:
     what open_image opens as a Pillow image}.
     """
     results = bars_html(dict(zip(details, reports)), k), table_html(headers, *table)
@@ -143,7 +143,7 @@ def write_report(path, headers, table, reports, gallery, details, k, open_image,
     while True:
         chosen = choose_pairs(details, count)
         page = page_html(results, details, chosen, k, count < most_pairs,
-                         lambda name: thumbnail(name, gallery, open_image, thumbs))
+                         lambda name: thumbnail(name, images, open_image, thumbs))
         # Names of files may hold bytes that are no text.
         content = page.encode("utf-8", "replace")
         if len(content) <= MAX_BYTES or count == 1:
@@ -153,11 +153,11 @@ def write_report(path, headers, table, reports, gallery, details, k, open_image,
         file.write(content)
 
 
-def thumbnail(name, gallery, open_image, thumbs: dict) -> str:
+def thumbnail(name, images, open_image, thumbs: dict) -> str:
     """A small WebP in base 64; "" for an image that cannot be read, which lists may name."""
     if name not in thumbs:
         try:
-            image = open_image(gallery.images[name])
+            image = open_image(images[name])
             image.thumbnail((THUMB, THUMB))
             buffer = io.BytesIO()
             image.save(buffer, "WEBP", quality=60)

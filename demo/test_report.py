@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from argparse import Namespace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -36,7 +35,7 @@ def write(path, details: dict, most_pairs=200, images=IMAGES, k=3) -> str:
     reports = [{"ao": 0.5, "ao_ci": [0.4, 0.6], "ao_random": 0.1, "kinds": {MARKUP: {"ao": 0.25}}}
                for _ in details]
     table = ["a line"], [("all pairs", [("AO@3", ["50.0 "] * len(details))])]
-    report.write_report(path, list(details), table, reports, Namespace(images=images), details, k,
+    report.write_report(path, list(details), table, reports, images, details, k,
                         open_image, most_pairs)
     return path.read_text(encoding="utf-8")
 
