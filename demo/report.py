@@ -257,7 +257,7 @@ def pair_html(records: dict[str, dict], k: int, number_of: dict, titles: dict) -
     scores = [round(score, 6) for score in scores_of(records.values())]
     tag = escape(first["kind"])
     if not first["same"]:
-        tag += " Meaning changed: the lists should differ."
+        tag = f"{escape(group_of(first))}: the lists should differ"
     parts = [f'<article class="{"" if first["same"] else "changed"}" '
              f'data-kind="{escape(group_of(first))}" data-scores="{scores}">'
              f'<p class="tag">{tag}</p><h3 class="two">']
