@@ -18,19 +18,25 @@ MODEL is one of
     FILE.jsonl              ranked lists of any engine: {"text", "ranking"} a line
 Prints a table; the last line is the same results as JSON. All formats: docs/formats.md.
 
-The file goes from metrics to models, readers of files, what is measured, report and main().
+The file goes from metrics to models, galleries, readers of files, measurements, report and main().
 """
 
 import contextlib
 import csv
 import functools
-import importlib.util
+import importlib
+import io
 import itertools
 import json
 import math
 import os
+import re
 import sys
+import tarfile
 import textwrap
+import traceback
+import unicodedata
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,36 +45,40 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
+import transformers
 from PIL import Image
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
-from transformers.utils import logging as transformers_logging
 
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
-from data import IMAGE_TYPES, fix_surrogates, make_loader, open_image, scan_shard
+from data import (IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
+                  make_loader, read_range, scan_shard)
 from paraclip import load_model
+
+
+DEFAULT_MODEL = "runs/emoji-align"
 
 
 @dataclass
 class EvalConfig:
-    models: list[str] = flag([], "what to evaluate (default: runs/emoji-align)", positional=True)
+    models: list[str] = flag([], f"what to evaluate (default: {DEFAULT_MODEL})", positional=True)
     # What is measured. With none of these, the benchmark.
-    pairs: list[str] = flag([], "JSON or JSON lines with query, paraphrase and optionally image(s)")
+    pairs: list[str] = flag([], "files with query, paraphrase and optionally image(s)")
     query: list[str] = flag([], "a query of your own, in place of --pairs")
     paraphrase: list[str] = flag([], "its paraphrase")
-    captions: str = flag("", "COCO captions JSON: recall in both directions")
+    captions: str = flag("", "captions of images, such as COCO's: recall in both directions")
     triplets: list[str] = flag([], "SugarCrepe++ files; with --images also their image part")
-    sts: str = flag("", "CSV or TSV with sentence1, sentence2, score")
+    sts: str = flag("", "a file with sentence1, sentence2, score")
     zeroshot: str = flag("", "a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, or a "
                              "JSON file of classnames and labels of --images")
     benchmark: str = flag("emoji", "its name in $PARACLIP_DATA, or its absolute path")
     split: str = flag("test", "val is for choices, test for reports", choices=("test", "val"))
     # How it is measured.
-    images: str = flag("", "folder of images or shards to search in")
+    images: str = flag("", "folder of images to search in, or shards as for paraclip.py --data")
     classnames: str = flag("", "class names, one per line, in the order of the sorted folders")
     templates: str = flag("", "prompts, one per line, with {} for the class name")
     k: int = flag(10, "length of the compared lists", low=1)
@@ -79,71 +89,52 @@ class EvalConfig:
     workers: int = flag(min(8, usable_cores()), "processes that decode images", low=0)
     # What is written.
     labels: list[str] = flag([], "names of the models in tables and figures")
-    markdown: bool = flag(False, "print the table as Markdown")
+    baseline: str = flag("", "the label that the others are compared with (default: the first)")
     json: str = flag("", "file for the JSON that ends the output")
     details: str = flag("", "JSON lines file: lists and scores of each pair and model")
-    figure: str = flag("", "PNG of the images that one pair finds")
-    summary: str = flag("", "PNG of AO as bars, by kind and model")
-
-
-def require(condition, message: str):
-    """Raises UserError, which ends the program in one line on stderr, if the condition fails."""
-    if not condition:
-        raise UserError(message)
+    figure: str = flag("", "PNG of the images that three of the pairs find")
+    report: str = flag("", "HTML page of all results, and of the images that the pairs find")
+    report_pairs: int = flag(200, "pairs that the page shows", low=1)
 
 
 def check_flags(cfg: EvalConfig):
-    """Raises UserError for flags that contradict each other or would have no effect.
-
-    A flag without effect is not harmless: whoever gives it expects other numbers than those without
-    it.
-    """
+    """Raises UserError for flags that contradict each other, and for outputs that cannot be
+    written or would overwrite an input: now rather than after an hour of measuring."""
     check_ranges(cfg)
-    given = [task.flag for task in TASKS if getattr(cfg, task.flag)]
-    searching = [task.flag for task in TASKS if task.gallery == "images"]
-    require(bool(cfg.query) == bool(cfg.paraphrase), "--query and --paraphrase belong together")
-    require(not (cfg.query and cfg.pairs), "give --query and --paraphrase, or --pairs, not both")
-    require(not cfg.images or set(given) & set(searching) or cfg.zeroshot.endswith(".json"),
-            f"--images needs what to search for: one of --{', --'.join(searching)}, or --zeroshot "
-            "with a JSON file")
-    require(cfg.zeroshot or not (cfg.classnames or cfg.templates),
-            "--classnames and --templates belong to --zeroshot")
-    for name in ("pairs", "triplets"):
-        paths = getattr(cfg, name)
-        for path in paths:
-            require(paths.count(path) == 1, f"--{name}: {path} is given twice")
-    if given:
-        require(cfg.benchmark == "emoji" and cfg.split == "test", "--benchmark and --split have no "
-                f"effect beside --{given[0]}: a benchmark is measured alone")
-    if given and not cfg.pairs and not cfg.query:
-        for name in ("details", "figure", "summary"):
-            require(not getattr(cfg, name), f"--{name} shows pairs: give --pairs, or --query")
-        require(cfg.k == 10, "--k is the length of the lists of --pairs, which is not given")
-
-    # Outputs are refused now rather than after an hour of measuring.
-    outputs = [cfg.json, cfg.details, cfg.figure, cfg.summary]
-    outputs = [path for path in outputs if path]
-    inputs = [*cfg.models, *cfg.pairs, *cfg.triplets, cfg.captions, cfg.sts, cfg.zeroshot,
-              cfg.classnames, cfg.templates]
-    for path in outputs:
-        # The finished file is moved into place, which would replace a pipe or a device.
-        require(Path(path).is_file() or not Path(path).exists(),
-                f"{path} cannot be written: it is not a regular file")
-        require(Path(path).absolute().parent.is_dir(),
-                f"{path} cannot be written: its folder does not exist")
-        require(outputs.count(path) == 1 and path not in inputs,
-                f"{path} cannot be written: another flag names the same file")
-    for path in (cfg.figure, cfg.summary):
-        require(not path or path.endswith(".png"), f"{path}: figures are .png files")
+    if bool(cfg.query) != bool(cfg.paraphrase):
+        raise UserError("--query and --paraphrase belong together")
+    if cfg.query and cfg.pairs:
+        raise UserError("give --query and --paraphrase, or --pairs, not both")
     try:
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
+    read = [cfg.captions, cfg.sts, cfg.zeroshot.rpartition(":")[2], cfg.classnames, cfg.templates,
+            cfg.images, *cfg.pairs, *cfg.triplets]
+    for name in cfg.models:
+        # In a run folder only the checkpoint is read: measurements may be written beside it.
+        checkpoint = Path(name, "model.pt")
+        read.append(checkpoint if checkpoint.is_file() else re.sub(r"(\.py):\w+$", r"\1", name))
+    taken = {Path(path).resolve() for path in read if path}
+    for path, ending in ((cfg.json, ""), (cfg.details, ""), (cfg.figure, ".png"),
+                         (cfg.report, ".html")):
+        if not path:
+            continue
+        # Links are followed, as they would be when the file is written.
+        target = Path(path).resolve()
+        if target.exists() and not target.is_file() or not target.parent.is_dir():
+            raise UserError(f"{path} cannot be written: it is no regular file, or in no folder")
+        if taken & {target, *target.parents}:
+            raise UserError(f"{path} cannot be written: it is, or lies in, what another flag names")
+        if not path.endswith(ending):
+            raise UserError(f"{path}: expected a name that ends in {ending}")
+        taken.add(target)
+
 
 # ---- metrics -------------------------------------------------------------------------------------
-# Q queries, N gallery images, E feature size, k list length. A metric returns one value per query;
-# the number to report is their mean, with the interval of bootstrap_ci.
+# Q queries, N gallery images, E feature size, k list length. Most metrics return one value per
+# query; the number to report is their mean, with the interval of bootstrap_ci.
 def average_overlap(a, b, k: int | None = None) -> np.ndarray:
     """AO@k of ranked lists: the overlap of their first d items, averaged over all depths d.
 
@@ -185,6 +176,19 @@ def count_shared(a, b, k: int | None) -> np.ndarray:
     return np.stack(new, axis=-1).cumsum(-1)
 
 
+def contrast(kept, changed) -> np.ndarray:
+    """Contrast of AO@k: 1 where a pair that keeps the meaning agrees more than one that changes it.
+
+    kept, changed: (C,) AO@k of the two pairs of each comparison, see comparisons(). 1 where kept is
+    larger, 0 where changed is, and 1/2 for a tie, so that the mean, in [0, 1], is 0.5 for a model
+    that returns the same images for everything. Returns (C,) float64.
+    Example: kept [0.8, 0.4, 0.1], changed [0.5, 0.4, 0.3] give [1, 0.5, 0].
+    """
+    # Rounded, since sums of the same fractions in another order differ in their last bits.
+    difference = np.round(np.asarray(kept) - np.asarray(changed), 9)
+    return (np.sign(difference) + 1) / 2
+
+
 # Similarities are rounded to multiples of this, the spacing of fp32 just below 1.
 STEP = 2.0**-24
 
@@ -195,63 +199,95 @@ def round_to_step(x: torch.Tensor) -> torch.Tensor:
 
 
 def unit_features(features) -> torch.Tensor:
-    """Features (N, E), L2-normalised and rounded to multiples of STEP, as fp64 on the CPU.
+    """Features (N, E), L2-normalised and rounded to multiples of STEP, which fp32 holds exactly.
 
     Products of such numbers are multiples of 2^-48, and sums of them up to 1 fit into fp64's 53
-    bits. So dot products are exact: images with equal features tie, wherever they stand.
+    bits. So fp64 dot products are exact: images with equal features tie, wherever they stand.
     """
-    features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
-    return round_to_step(normalize(features, dim=-1))
+    features = torch.as_tensor(features, device="cpu")
+    units = torch.empty(features.shape)
+    # In parts, as in fp64 all at once would take several times the memory of the features.
+    for part, unit in zip(features.split(4096), units.split(4096)):
+        unit.copy_(round_to_step(normalize(part.double(), dim=-1)))
+    return units
 
 
-def rankings(query_features, gallery_features, k: int, chunk: int = 128) -> torch.Tensor:
+def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**25) -> torch.Tensor:
     """The k most similar gallery images of every query, best first.
 
-    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index. At most
-    chunk x N similarities exist at a time.
+    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index.
     query_features (Q, E), gallery_features (N, E). Returns (Q, min(k, N)) indices, int64.
     Example: query (1, 0) and gallery (0, 1), (1, 0), (2, 0) with k = 2 give [1, 2].
     """
     queries, gallery = unit_features(query_features), unit_features(gallery_features)
+    # Lower settings would let fp32 products be computed in TF32 or bf16.
+    torch.set_float32_matmul_precision("highest")
+    parts = queries.split(max(1, scores_at_once // len(gallery)))
+    return torch.cat([rank_by_candidates(part, gallery, min(k, len(gallery))) for part in parts])
+
+
+def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features: fp32 finds some more than k candidates, fp64 ranks them."""
+    (n, width), count, group_size = gallery.shape, k + 22, 64
+    if n < 2 * group_size * count:
+        return rank_exactly(queries, gallery, k)
+    scores = queries @ gallery.T  # (Q, N)
+    # The N images are split into `stride` groups of equal size, and a remainder. The best `count`
+    # images are in it or in the `count` groups with the highest maxima, which are found faster.
+    stride = n // group_size
+    maxima = scores[:, :group_size * stride].view(len(queries), group_size, stride).amax(1)
+    best_groups = maxima.topk(count).indices
+    members = (best_groups[:, None] + stride * torch.arange(group_size)[:, None]).flatten(1)
+    remainder = torch.arange(group_size * stride, n).expand(len(queries), -1)
+    members = torch.cat([members, remainder], dim=1)
+    best = scores.gather(1, members).topk(count)
+    # In the gallery's order, which a stable sort keeps among equals.
+    candidates = members.gather(1, best.indices).sort(dim=1).values  # (Q, count)
+    exact = (gallery[candidates].double() @ queries.double()[..., None])[..., 0]
+    exact = round_to_step(exact).sort(dim=1, descending=True, stable=True)
+    ranked = candidates.gather(1, exact.indices[:, :k])
+    # A product of unit vectors in fp32 is off by at most E x 2^-24. Where an image that is no
+    # candidate could therefore be among the first k, all are ranked in fp64.
+    unsure = exact.values[:, k - 1] <= best.values[:, -1] + (width + 1) * STEP
+    ranked[unsure] = rank_exactly(queries[unsure], gallery, k)
+    return ranked
+
+
+def rank_exactly(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features, in fp64."""
     n = len(gallery)
     # torch.topk promises no order among equal values, and a stable sort of the whole gallery takes
     # far longer. So ties are broken by a penalty that grows with the index, and that is smaller
     # than STEP, the smallest difference of two similarities.
     penalty = torch.arange(n, dtype=torch.float64) * (STEP / n)
     ranked = []
-    for part in queries.split(chunk):
-        scores = round_to_step(part @ gallery.T) - penalty
-        ranked.append(scores.topk(min(k, n)).indices)
+    for part in queries.double().split(max(1, 2**24 // n)):
+        scores = torch.cat([part @ images.double().T for images in gallery.split(4096)], dim=1)
+        ranked.append((round_to_step(scores) - penalty).topk(k).indices)
     return torch.cat(ranked)
 
 
 def similarity(a, b) -> np.ndarray:
-    """Cosine of two feature matrices (N, E), row by row, rounded as in rankings: (N,) float64."""
-    cosine = (unit_features(a) * unit_features(b)).sum(-1)
+    """Cosine of two feature matrices (N, E), row by row, in [-1, 1], rounded to STEP: (N,) float64.
+
+    Rounded once, after the product, so that equal features have exactly 1.
+    """
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    cosine = (normalize(a, dim=-1) * normalize(b, dim=-1)).sum(-1)
     return round_to_step(cosine).numpy()
 
 
 def recall_at_k(ranked, correct, k: int) -> np.ndarray:
-    """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0.
+    """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0; NaN for a
+    query without correct items.
 
     ranked: (Q, K) indices, best first; correct: for each query the indices of its correct items.
     (Textbook recall is the share of the correct items that is found.) Returns (Q,) float64.
     Example: ranked [[3, 1], [0, 2]], correct [{1}, {1, 2}]: recall@1 = [0, 0], recall@2 = [1, 1].
     """
-    return (precision_at_k(ranked, correct, k) > 0).astype(float)
-
-
-def precision_at_k(ranked, correct, k: int) -> np.ndarray:
-    """Precision@k: the share of the first k items that is correct, in [0, 1]; see above.
-
-    Example: ranked [[3, 1], [0, 2]], correct [{1}, {0, 2}]: precision@2 = [0.5, 1].
-    """
-    values = []
     first = np.asarray(ranked)[:, :k].tolist()
-    for items, correct_items in zip(first, correct, strict=True):
-        hits = set(items) & set(correct_items)
-        values.append(len(hits) / len(items))
-    return np.array(values)
+    return np.array([float(not set(items).isdisjoint(right)) if right else math.nan
+                     for items, right in zip(first, correct, strict=True)])
 
 
 def spearman(a, b) -> float:
@@ -299,69 +335,102 @@ def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
 # ---- models --------------------------------------------------------------------------------------
 # A model has preprocess(Pillow image), encode_image(batch of those), encode_text(list of str).
 @contextlib.contextmanager
-def hugging_face_errors(name: str):
-    """Makes one line of whatever transformers raises for a broken folder or without a network."""
-    # Otherwise it prints pages of warnings.
-    transformers_logging.set_verbosity_error()
+def expecting(what, form: str):
+    """Makes one line for the user of whatever a file or model of another form raises."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{name}: neither a checkpoint, nor a run folder with model.pt, nor a "
-                        f"suitable Hugging Face model ({type(error).__name__}: {reason})") from None
+        # A file that cannot be opened is named already. (Those of transformers have no number.)
+        if isinstance(error, UserError) or getattr(error, "errno", None):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{what}: expected {form} ({reason})") from None
 
 
 class HuggingFaceCLIP(torch.nn.Module):
-    """Any model of transformers with an image and a text tower: CLIP, SigLIP, ALIGN."""
+    """Any model of transformers that has a vector for an image and one for a text: CLIP, SigLIP,
+    ALIGN, BLIP and others. docs/models.md lists what was tried."""
 
     def __init__(self, name: str, precision: str):
         super().__init__()
         self.bf16 = precision == "bf16"
-        with hugging_face_errors(name):
-            # If trust_remote_code were unset, transformers would ask whether to run foreign code.
-            self.model, loading = AutoModel.from_pretrained(
-                name, output_loading_info=True, trust_remote_code=False)
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-            for tower in ("get_image_features", "get_text_features"):
-                require(hasattr(self.model, tower), f"the model has no {tower}()")
-            # Unlike a bound method, a partial reaches loader workers without the model.
-            self.preprocess = functools.partial(processor.image_processor, return_tensors="pt")
-            self.tokenizer = processor.tokenizer
-            text_config = getattr(self.model.config, "text_config", self.model.config)
-            self.max_length = min(self.tokenizer.model_max_length,
-                                  text_config.max_position_embeddings)
-            # transformers only warns of missing weights, and fills them with random numbers.
-            require(not loading["missing_keys"],
-                    f"weights are missing, such as {min(loading['missing_keys'], default='')}")
-            # A tokenizer without its files may load with a handful of tokens, all words alike.
-            require(0.5 <= len(self.tokenizer) / text_config.vocab_size <= 1.01,
-                    f"tokenizer of {len(self.tokenizer)} tokens for {text_config.vocab_size}")
+        # If trust_remote_code were unset, transformers would ask whether to run foreign code.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model_class, options = transformers.AutoModel, {}
+        is_blip_retrieval = "BlipForImageTextRetrieval" in (config.architectures or [])
+        if is_blip_retrieval:
+            model_class = transformers.BlipForImageTextRetrieval
+        if config.model_type == "aimv2":
+            # Its other implementation of attention loses the causal mask (transformers 5.24).
+            options["attn_implementation"] = "eager"
+        self.model, loading = model_class.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=False, **options)
+        # transformers only warns of missing weights, and fills them with random numbers.
+        missing = set(loading["missing_keys"]) - {"logit_scale", "logit_bias"}
+        if missing:
+            raise ValueError(f"weights are missing, such as {min(missing)}")
         # Some checkpoints are stored in fp16.
         self.model.float()
+        if is_blip_retrieval:
+            self.image_tower, self.text_tower = self.blip_image, self.blip_text
+        else:
+            self.image_tower = self.model.get_image_features
+            self.text_tower = self.model.get_text_features
+
+        processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        # Unlike a bound method, a partial reaches loader workers without the model.
+        self.preprocess = functools.partial(processor.image_processor, return_tensors="pt")
+        self.tokenizer = processor.tokenizer
+        text_config = getattr(config, "text_config", config)
+        if max(self.tokenizer.get_vocab().values()) >= getattr(text_config, "vocab_size", math.inf):
+            raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, its text tower "
+                             f"{text_config.vocab_size}")
+        self.max_length = self.tokenizer.model_max_length
+        positions = getattr(text_config, "max_position_embeddings", self.max_length)
+        for module_name, module in self.model.named_modules():
+            # RoBERTa and its kind count positions from behind that of padding.
+            if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+                positions = module.num_embeddings - module.padding_idx - 1
+        self.max_length = min(self.max_length, positions)
         self.is_siglip = text_config.model_type.startswith("siglip")
+
+    def blip_image(self, **inputs):
+        return self.model.vision_proj(self.model.vision_model(**inputs).last_hidden_state[:, 0])
+
+    def blip_text(self, **inputs):
+        return self.model.text_proj(self.model.text_encoder(**inputs).last_hidden_state[:, 0])
 
     def encode_image(self, batch):
         # Each image was preprocessed as a batch of one: (B, 1, 3, H, W).
         inputs = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        return self.features(self.model.get_image_features, inputs)
+        return self.features(self.image_tower, inputs)
 
     def encode_text(self, texts):
-        padding = {"padding": True}
+        padding = {"padding": True, "return_attention_mask": True}
         if self.is_siglip:
             # SigLIP (arXiv 2303.15343) was trained on texts padded to full length, unmasked, and
             # SigLIP 2 (arXiv 2502.14786) on lower case; transformers does neither by default.
             texts = [text.lower() for text in texts]
             padding = {"padding": "max_length", "return_attention_mask": False}
-        inputs = self.tokenizer(texts, truncation=True, max_length=self.max_length,
+        # Some checkpoints' files say otherwise, and features would change with a text's neighbours.
+        self.tokenizer.padding_side = "right"
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length,
                                 return_tensors="pt", **padding)
-        return self.features(self.model.get_text_features, inputs)
+        inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+        return self.features(self.text_tower, inputs)
 
     def features(self, tower, inputs):
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         with torch.autocast(self.model.device.type, torch.bfloat16, self.bf16):
             output = tower(**inputs)
         # transformers 4 returns the features themselves, 5 an object that holds them.
-        return normalize(getattr(output, "pooler_output", output).float(), dim=-1)
+        features = getattr(output, "pooler_output", output)
+        if features is None:
+            raise ValueError(f"its {type(output).__name__} has no single vector for each input")
+        if features.ndim == 3:
+            # FLAVA has a state for each token, and was trained on the first.
+            features = features[:, 0]
+        return normalize(features.float(), dim=-1)
 
 
 class Vectors:
@@ -372,46 +441,42 @@ class Vectors:
 
     def __init__(self, path: str):
         self.path = path
-        expected = (f"{path}: expected arrays names (N,) and texts (T,) of type str, images (N, E) "
-                    "and text_features (T, E) of type float")
-        try:
+        with expecting(path, "arrays names (N,) and texts (T,) of str, images (N, E) and "
+                             "text_features (T, E) of float"):
             # Pickles would run whatever code they hold.
             with np.load(path, allow_pickle=False) as file:
-                names, images = file["names"], file["images"]
-                texts, text_features = file["texts"], file["text_features"]
-        except OSError:
-            raise
-        # A damaged archive raises anything.
-        except Exception as error:
-            raise UserError(f"{expected} ({error})") from None
-        arrays = (names, texts, images, text_features)
-        require([array.dtype.kind for array in arrays] == ["U", "U", "f", "f"]
-                and [array.ndim for array in arrays] == [1, 1, 2, 2]
-                and len(names) == len(images) and len(texts) == len(text_features)
-                and images.shape[1] == text_features.shape[1],
-                f"{expected}; they are {[(str(array.dtype), array.shape) for array in arrays]}")
-        require(len(names) and len(texts), f"{path}: it has no images, or no texts")
-        for keys in (names, texts):
-            # Which of the two features was meant cannot be known.
-            unique, counts = np.unique(keys, return_counts=True)
-            require(len(unique) == len(keys),
-                    f"{path}: {str(unique[counts.argmax()])!r} stands there more than once")
-        self.image_rows = rows_by_name(names.tolist())
-        self.text_rows = {text: row for row, text in enumerate(texts.tolist())}
-        self.image_features = torch.from_numpy(images)
-        self.text_features = torch.from_numpy(text_features)
+                names, texts = file["names"], file["texts"]
+                images, text_features = file["images"], file["text_features"]
+            self.width = images.shape[1]
+            for keys, features in ((names, images), (texts, text_features)):
+                if (keys.dtype.kind, features.dtype.kind) != ("U", "f") or not len(keys):
+                    raise ValueError(f"there are {keys.dtype} and {features.dtype}")
+                if keys.ndim != 1 or features.shape != (len(keys), self.width):
+                    raise ValueError(f"the shapes are {keys.shape} and {features.shape}")
+            self.images = features_by_key(names, images)
+            self.texts = features_by_key(texts, text_features)
 
     def encode_text(self, texts):
-        return self.text_features[self.look_up(texts, self.text_rows, "texts")]
+        return self.look_up(texts, self.texts, "texts")
 
-    def encode_image(self, names):
-        return self.image_features[self.look_up(names, self.image_rows, "images")]
+    def encode_gallery(self, gallery):
+        known = {gallery.find(name): features for name, features in self.images.items()}
+        return self.look_up(gallery.names, known, "images")
 
-    def look_up(self, keys, rows, what):
-        missing = [key for key in keys if key not in rows]
-        require(not missing, f"{self.path}: no vectors for {len(missing)} of {len(keys)} {what}, "
-                             f"such as {missing[:1]}")
-        return [rows[key] for key in keys]
+    def look_up(self, keys, features, what):
+        missing = [key for key in keys if key not in features]
+        if missing:
+            raise UserError(f"{self.path}: no vectors for {len(missing)} of {len(keys)} {what}, "
+                            f"such as {missing[0]!r}")
+        return np.stack([features[key] for key in keys])
+
+
+def features_by_key(keys, features) -> dict[str, np.ndarray]:
+    found = {}
+    for key, row in zip(keys.tolist(), features.astype(np.float32)):
+        if not np.array_equal(found.setdefault(key, row), row):
+            raise ValueError(f"{key!r} has two different vectors")
+    return found
 
 
 class RankedLists:
@@ -428,107 +493,140 @@ class RankedLists:
         # A text without a list, or a name that is not in the gallery, must not count as a miss:
         # the engine would get a score for another question than the models.
         missing = [text for text in texts if text not in self.lists]
-        require(not missing, f"{self.path}: no list for {len(missing)} of {len(texts)} texts, such "
-                             f"as {missing[:1]}")
+        if missing:
+            raise UserError(f"{self.path}: no list for {len(missing)} of {len(texts)} texts, such "
+                            f"as {missing[0]!r}")
         shortest = min(texts, key=lambda text: len(self.lists[text]))
         length = min(depth, len(self.lists[shortest]))
-        require(length >= k, f"{self.path}: expected at least {k} images in every list, that of "
-                             f"{shortest!r} has {length}")
+        if length < k:
+            raise UserError(f"{self.path}: expected at least {k} images in every list, that of "
+                            f"{shortest!r} has {length}")
         ranked = []
         for text in texts:
             names = self.lists[text][:length]
-            rows = [images.rows.get(name) for name in names]
-            require(None not in rows and len(set(rows)) == length, f"{self.path}: expected "
-                    f"different images, all of the gallery, in the list of {text!r}: {names}")
+            rows = [images.row(name) for name in names]
+            if None in rows or len(set(rows)) < length:
+                raise UserError(f"{self.path}: expected different images, all of the gallery, in "
+                                f"the list of {text!r}: {names}")
             ranked.append(rows)
         return np.array(ranked)
 
 
-def open_model(name: str, cfg: EvalConfig):
-    """The model, vectors or lists that a command-line argument names."""
+def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
+    """The model, vectors or lists that a command-line argument names.
+
+    with_images: whether images will be encoded, too, and not only texts. Raises UserError.
+    """
+    path, _, function = name.rpartition(":")
     if name.endswith(".jsonl"):
         return RankedLists(name)
     if name.endswith(".npz"):
         return Vectors(name)
-    if is_model_file(name):
-        path, _, function = name.rpartition(":")
-        module = import_file(path)
-        require(callable(getattr(module, function, None)),
-                f"{path} has no function or class {function!r}")
+    if path.endswith(".py"):
+        module = import_file(Path(path))
+        if not callable(getattr(module, function, None)):
+            raise UserError(f"{path} has no function or class {function!r}")
         model = getattr(module, function)()
-    elif is_checkpoint(name):
+        check_model(name, model, with_images, TOLERANCES["bf16"])
+        return model
+    if is_checkpoint(name):
         model = load_model(name, cfg.device, cfg.precision)
     else:
-        model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
-    check_model(name, model)
+        # Otherwise it prints pages of warnings.
+        transformers.utils.logging.set_verbosity_error()
+        hint = ""
+        for file, program in (("modules.json", "sentence_transformer"),
+                              ("open_clip_config.json", "open_clip")):
+            if Path(name, file).exists():
+                hint = f"; experiments/{program}_model.py reads this folder"
+        with expecting(name, "a checkpoint, a run folder, FILE.py:NAME, FILE.npz, FILE.jsonl, or a "
+                             f"Hugging Face model with an image and a text tower{hint}"):
+            model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
+            check_model(name, model, with_images, TOLERANCES[cfg.precision])
+        return model
+    check_model(name, model, with_images, TOLERANCES[cfg.precision])
     return model
 
 
-def is_model_file(name: str) -> bool:
-    """Whether it is FILE.py:NAME. Raises UserError if there is no such file, or no NAME."""
-    require(not name.endswith(".py"),
-            f"{name}: give the function or class that returns the model: {name}:NAME")
-    path, _, _ = name.rpartition(":")
-    require(not path.endswith(".py") or Path(path).is_file(), f"{path}: no such file")
-    return path.endswith(".py")
-
-
-def import_file(path: str):
-    """The module in this file."""
-    # A loader worker unpickles preprocess() by its module's name. A forked worker finds the module
-    # in sys.modules, one that is started afresh on the path, which it inherits.
-    name = Path(path).stem
-    require("." not in name, f"{path}: a module's name has no dot: give the file another name")
-    sys.path.append(str(Path(path).resolve().parent))
-    # Python remembers which files a folder has.
-    importlib.invalidate_caches()
-    spec = importlib.util.find_spec(name)
-    require(spec and spec.origin and Path(spec.origin).resolve() == Path(path).resolve(),
-            f"{path}: there is another module {name!r}: give the file another name")
-    return importlib.import_module(name)
-
-
 def is_checkpoint(name: str) -> bool:
-    return Path(name).is_file() or Path(name, "model.pt").is_file()
+    return zipfile.is_zipfile(name) or Path(name, "model.pt").is_file()
+
+
+def import_file(path: Path):
+    """The module in this file."""
+    if not path.is_file() or "." in path.stem:
+        raise UserError(f"{path}: no such file, or a name with two dots, which no module has")
+    # By its name, as a loader worker that is started afresh imports it again in order to unpickle
+    # preprocess(), and inherits the search path.
+    sys.path.append(str(path.resolve().parent))
+    module = importlib.import_module(path.stem)
+    if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
+        raise UserError(f"{path}: another module has its name: give the file another one")
+    return module
+
+
+# How far a unit vector may move, by rounding, with what is encoded beside it.
+TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 @torch.inference_mode()
-def check_model(name: str, model):
-    """Encodes two images and three texts. Raises UserError if the features do not fit."""
-    for method in ("preprocess", "encode_image", "encode_text"):
-        require(callable(getattr(model, method, None)), f"{name}: the model has no {method}(); "
-                "expected preprocess(image), encode_image(batch), encode_text(list of str)")
-    # Two sizes, since a preprocess() that crops nothing fits images of one size only.
-    wide, tall = Image.new("RGB", (64, 48), "gray"), Image.new("RGB", (40, 56), "gray")
-    images = [model.preprocess(wide), model.preprocess(tall)]
-    texts = ["a dog", "two", "a red car"]
-    try:
-        batch = default_collate(images)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{name}: preprocess(image) must return a tensor, or a dict of tensors, of "
-                        f"the same shape for every image ({str(error).splitlines()[0]})") from None
-    image_features, text_features = model.encode_image(batch), model.encode_text(texts)
-    try:
-        image_features = torch.as_tensor(image_features)
-        text_features = torch.as_tensor(text_features)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{name}: encode_image and encode_text must return features (B, E) as a "
-                        f"tensor, array or list ({str(error).splitlines()[0]})") from None
-    image_shape, text_shape = list(image_features.shape), list(text_features.shape)
-    width = image_shape[-1:]
-    require(image_shape == [2, *width] and text_shape == [3, *width],
-            f"{name}: encode_image of 2 images gave shape {image_shape}, encode_text of 3 texts "
-            f"{text_shape}; expected [2, E] and [3, E] with the same E")
+def check_model(name: str, model, with_images: bool, tolerance: float):
+    """Encodes two images and four texts, alone and beside each other. Raises UserError if methods
+    are missing, or if features have no common shape or depend on what is encoded beside them."""
+    needed = ["encode_text", "preprocess", "encode_image"] if with_images else ["encode_text"]
+    for method in needed:
+        if not callable(getattr(model, method, None)):
+            raise UserError(f"{name}: the model has no {method}(); expected preprocess(image), "
+                            "encode_image(batch), encode_text(list of str)")
+    # Features that move with padding do so beside a longer text.
+    texts = ["a dog", "a cat", "a red car on the left of a dog"]
+    text_features = encode(model.encode_text, texts, len(texts), name)
+    if torch.equal(text_features[0], text_features[1]):
+        raise UserError(f"{name}: it takes 'a dog' and 'a cat' for the same: is its tokenizer "
+                        "there?")
+    compared = [("text", text_features[0], encode(model.encode_text, texts[:1], 1, name)),
+                ("text", text_features[0], encode(model.encode_text, texts[:2], 2, name))]
+    if with_images:
+        # Two sizes, since a preprocess() that crops nothing fits images of one size only.
+        wide, tall = Image.new("RGB", (64, 48), "gray"), Image.new("RGB", (40, 56), "olive")
+        images = [model.preprocess(wide), model.preprocess(tall)]
+        with expecting(name, "preprocess(image) to return a tensor, or a dict of tensors, of the "
+                             "same shape for every image"):
+            batches = default_collate(images), default_collate(images[:1])
+        features = [encode(model.encode_image, batch, 2 - i, name)
+                    for i, batch in enumerate(batches)]
+        if features[0].shape[1] != text_features.shape[1]:
+            raise UserError(f"{name}: image features have {features[0].shape[1]} numbers, text "
+                            f"features {text_features.shape[1]}: expected as many")
+        compared.append(("image", features[0][0], features[1]))
+    for what, together, apart in compared:
+        moved = (normalize(together[None], dim=-1) - normalize(apart[:1], dim=-1)).norm().item()
+        if moved > tolerance:
+            raise UserError(
+                f"{name}: the unit vector of the same {what} moves by {moved:.2g} with what is "
+                "encoded beside it. Call .eval() on the model, pad texts on the right or to full "
+                "length as in its training, and pass the attention_mask")
 
 
 @torch.inference_mode()
-def encode(encoder, batch, size: int) -> torch.Tensor:
-    """Features (size, E) of a batch of this size, on the CPU, where rankings are made."""
-    features = torch.as_tensor(encoder(batch)).float().cpu()
-    # NaN would not raise anywhere: it would rank in some order and give plausible numbers.
-    require(features.ndim == 2 and len(features) == size and features.isfinite().all(),
-            f"the model does not return a vector of finite numbers for each of {size} inputs, but "
-            f"features of shape {list(features.shape)}, or NaN or infinity among them")
+def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
+    """Features (size, E) of a batch of this size, on the CPU, where rankings are made.
+
+    name: of the model, for UserError, if it does not return them.
+    """
+    features = encoder(batch)
+    with expecting(name, "encode_image and encode_text to return a vector of finite numbers, not "
+                         "all of them 0, for each input, as a tensor, array or list (B, E)"):
+        features = torch.as_tensor(features)
+        if features.is_complex():
+            raise ValueError("they are complex")
+        # A copy, since an encoder may fill one buffer again and again.
+        features = features.to("cpu", torch.float32, copy=True)
+        # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as
+        # would the direction of a vector without length.
+        if features.ndim != 2 or len(features) != size or not features.isfinite().all() \
+                or not (features.norm(dim=-1) > 1e-12).all():
+            raise ValueError(f"for {size} inputs, the shape is {list(features.shape)}")
     return features
 
 
@@ -545,61 +643,57 @@ def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
     return torch.cat(features)[[row[text] for text in texts]]
 
 
-@dataclass
-class Images:
-    """The readable images of a gallery, in its order: of equally similar ones the first is ranked
-    higher."""
-    names: list[str]
-    rows: dict[str, int]  # by name, or by file name alone
-    features: torch.Tensor | None  # (N, E); None for ranked lists
-
-
-def embed_images(model, gallery: dict, cfg: EvalConfig) -> Images:
-    names = list(gallery)
-    if isinstance(model, (RankedLists, Vectors)):
-        features = None
-        if isinstance(model, Vectors):
-            features = encode(model.encode_image, names, len(names))
-        return Images(names, rows_by_name(names), features)
-    readable, features, skipped = [], [], []
-    loader = image_loader(gallery, model.preprocess, cfg.batch_size, cfg.workers)
-    for indices, batch, failed in tqdm(loader, "images", leave=False, disable=None):
-        readable += indices
-        skipped += [f"{names[index]}: {reason}" for index, reason in failed]
-        if indices:
-            features.append(encode(model.encode_image, batch, len(indices)))
-    if skipped:
-        print(f"skipped {len(skipped)} of {len(names)} images: {'; '.join(skipped[:20])}",
-              file=sys.stderr)
-    require(readable, f"none of the {len(names)} images can be read")
-    # A file name that two images share stays ambiguous even if one of them cannot be read.
-    row_of = {index: row for row, index in enumerate(readable)}
-    rows = {}
-    for name, index in rows_by_name(names).items():
-        if index in row_of:
-            rows[name] = row_of[index]
-    return Images([names[index] for index in readable], rows, torch.cat(features))
-
-
-def rows_by_name(names: list[str]) -> dict[str, int]:
-    """{name: row}; an image in a subfolder also by its file name, unless two images share that."""
-    rows = {name: row for row, name in enumerate(names)}
-    uses = Counter(Path(name).name for name in names)
-    for row, name in enumerate(names):
-        if uses[Path(name).name] == 1:
-            rows.setdefault(Path(name).name, row)
-    return rows
-
-
 # ---- galleries: the images of an evaluation ------------------------------------------------------
-# A gallery is a dict {name: item} in ranking order. An item is the path of an image file, a (tar,
-# offset, bytes) range of a shard, or a uint8 array (H, W, 3) that is in memory already.
-def list_gallery(folder) -> dict:
+class Gallery:
+    """The images that are searched, in an order that also breaks ties between equally similar ones.
+
+    images: {name: function without arguments that returns an image file's bytes, or pixels as a
+    uint8 array (H, W, 3)}. A name is a path below `folder`, or the key in a shard.
+    """
+
+    def __init__(self, images: dict, folder: str = ""):
+        self.images, self.names, self.folder = images, list(images), Path(folder).resolve().name
+        # An image in a subfolder goes by its file name, too, unless two images share that.
+        file_names = {name: plain(Path(name).name) for name in images}
+        uses = Counter(file_names.values())
+        self.known = {file_names[name]: name for name in images if uses[file_names[name]] == 1}
+        self.known |= {plain(name): name for name in images}
+
+    def find(self, name: str) -> str | None:
+        """The gallery's own name of an image; None if none, or more than one, has the name."""
+        if name in self.images:
+            return name
+        # COCO's and others' files name the folder as well.
+        return self.known.get(plain(name)) or self.known.get(
+            plain(name).removeprefix(f"{self.folder}/"))
+
+    def only(self, names) -> "Gallery":
+        wanted = {self.find(name) for name in names}
+        part = Gallery({name: read for name, read in self.images.items() if name in wanted})
+        # A name that several images have must not become that of the only one which is left.
+        part.known, part.folder = self.known, self.folder
+        return part
+
+
+def plain(name: str) -> str:
+    """One form of names: file systems compose letters and accents differently."""
+    return unicodedata.normalize("NFC", name)
+
+
+# What cameras, phones and browsers write, and Pillow or its plugin pillow-heif reads.
+GALLERY_TYPES = (*IMAGE_TYPES, "avif", "bmp", "gif", "heic", "heif", "jfif", "tif", "tiff")
+
+
+def list_gallery(source: str) -> Gallery:
     """The gallery of a folder: the images in its .tar shards by key, in storage order; or else
-    every image file below it that is not hidden, named and sorted by its path in the folder."""
-    folder = Path(folder)
+    every image file below it that is not hidden, named and sorted by its path in the folder.
+
+    source: the folder, or shards as for --data of paraclip.py. Raises UserError if it has no image.
+    """
+    folder = Path(source)
+    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else find_shards(source)
     from_shards, skipped = {}, Counter()
-    for shard in sorted(folder.glob("*.tar")):
+    for shard in shards:
         members, shard_skipped, _ = scan_shard(shard)
         skipped += shard_skipped
         for key, extension, offset, size in members:
@@ -608,9 +702,9 @@ def list_gallery(folder) -> dict:
             if key in from_shards:
                 skipped["duplicate key"] += 1
             else:
-                from_shards[key] = (str(shard), offset, size)
+                from_shards[key] = functools.partial(read_range, str(shard), offset, size)
     if skipped:
-        print(f"{folder}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
+        print(f"{source}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
 
     files, visited = {}, set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -622,110 +716,188 @@ def list_gallery(folder) -> dict:
         subfolders[:] = [name for name in sorted(subfolders) if not name.startswith(".")]
         for name in names:
             extension = name.rpartition(".")[2].lower()
-            if not name.startswith(".") and extension in (*IMAGE_TYPES, "bmp"):
+            if not name.startswith(".") and extension in GALLERY_TYPES:
                 path = Path(parent, name)
-                files[path.relative_to(folder).as_posix()] = path
+                files[path.relative_to(folder).as_posix()] = path.read_bytes
 
     if from_shards and files:
         raise UserError(f"{folder} holds {len(from_shards)} images in .tar shards and {len(files)} "
                         "image files beside them: give a folder with one or the other")
     if not from_shards and not files:
-        raise UserError(f"{folder}: no such folder, or no image in it or below")
-    return from_shards or dict(sorted(files.items()))
+        raise UserError(f"{folder}: no such folder, no image in it or below, and no shard in it")
+    return Gallery(from_shards or dict(sorted(files.items())), source)
+
+
+def open_image(read) -> Image.Image:
+    """The RGB Pillow image of a gallery's item. Raises BadSample or OSError."""
+    content = read()
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content)
+    return cut_long_side(to_pil_image(decode_image(content)))
 
 
 def collate_images(items: list, preprocess):
+    """(indices, batch of preprocess(image), or None if all failed, [(index, reason it failed)])."""
     indices, images, failed = [], [], []
-    for i, item in items:
+    for i, read in items:
         try:
-            images.append(preprocess(open_image(item)))
-            indices.append(i)
+            image = preprocess(open_image(read))
+            # It raises an error if the image's shape differs from the first's.
+            default_collate([*images[:1], image])
+        # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
         except Exception as error:
-            # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
-            failed.append((i, str(error) or type(error).__name__))
+            failed.append((i, str(error).partition("\n")[0] or type(error).__name__))
+        else:
+            indices.append(i)
+            images.append(image)
     return indices, default_collate(images) if images else None, failed
 
 
-def image_loader(gallery: dict, preprocess, batch_size: int, workers: int) -> DataLoader:
-    """Iterates over a gallery: (indices, batch of preprocess(image), or None if all failed,
-    [(index, reason it failed)])."""
-    return make_loader(list(enumerate(gallery.values())), workers, batch_size=batch_size,
-                       collate_fn=functools.partial(collate_images, preprocess=preprocess))
+@dataclass
+class EncodedGallery:
+    """The images of a gallery that a model can read, in the gallery's order."""
+    gallery: Gallery
+    names: list[str]
+    features: torch.Tensor | None  # (N, E); None for ranked lists
+
+    def __post_init__(self):
+        self.rows = {name: row for row, name in enumerate(self.names)}
+
+    def row(self, name: str) -> int | None:
+        return self.rows.get(self.gallery.find(name))
+
+
+def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
+    names = gallery.names
+    if isinstance(model, RankedLists):
+        return EncodedGallery(gallery, names, None)
+    if isinstance(model, Vectors):
+        features = encode(model.encode_gallery, gallery, len(names), model.path)
+        return EncodedGallery(gallery, names, features)
+    readable, features, skipped = [], [], []
+    loader = make_loader(
+        list(enumerate(gallery.images.values())), cfg.workers, batch_size=cfg.batch_size,
+        collate_fn=functools.partial(collate_images, preprocess=model.preprocess))
+    for indices, batch, failed in tqdm(loader, "images", leave=False, disable=None):
+        readable += [names[index] for index in indices]
+        skipped += [f"{names[index]}: {reason}" for index, reason in failed]
+        if indices:
+            features.append(encode(model.encode_image, batch, len(indices)))
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(names)} images: {'; '.join(skipped[:20])}",
+              file=sys.stderr)
+    if not readable:
+        raise UserError(f"none of the {len(names)} images can be read")
+    return EncodedGallery(gallery, readable, torch.cat(features))
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# A reader checks every field that is used, since a wrong type deep in a measurement would end in a
-# traceback, or worse in a number. A complaint names the file, the place and what was expected.
+# {field: the names that files have for it, in any letter case}. A table without such names in its
+# first row has these columns in this order.
+PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
+               "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
+               "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
+LIST_FIELDS = {name: [name] for name in ("text", "ranking", "query", "query_ranking", "paraphrase",
+                                         "paraphrase_ranking")}
+CAPTION_FIELDS = {"image": ["image", "filename", "file_name"],
+                  "captions": ["captions", "caption", "sentences", "text"], "split": ["split"]}
+STS_FIELDS = {"sentence1": ["sentence1", "sentence_a"], "sentence2": ["sentence2", "sentence_b"],
+              "score": ["score", "label", "similarity_score", "relatedness_score"]}
+
+
 def read_text(path) -> str:
-    try:
+    with expecting(path, "text in UTF-8"):
         # Spreadsheets begin their files with a byte order mark.
         return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected text in UTF-8 ({error})") from None
 
 
-def parse_json(text: str, complaint: str):
-    try:
-        return json.loads(text)
-    # Thousands of open brackets raise the latter.
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{complaint} ({error})") from None
+def parse_records(path):
+    """The JSON value in a file, or the list of the values of its lines, or the rows of its table,
+    lists of str."""
+    text = read_text(path)
+    with expecting(path, "JSON, JSON lines, CSV or TSV"):
+        if text.lstrip()[:1] in ("[", "{"):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(text)
+            # Not splitlines(), which also splits at characters that JSON allows in a text.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        with contextlib.suppress(csv.Error):
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+            rows = [row for row in rows if row]
+            if delimiter == "," or len({len(row) for row in rows}) == 1:
+                return rows
+        # In tab-separated sets such as GLUE's, quote characters quote nothing.
+        return [line.rstrip("\r").split(delimiter) for line in text.split("\n") if line.strip()]
 
 
-def checked_text(value, complaint: str) -> str:
-    require(isinstance(value, str) and value.strip(), complaint)
+def read_records(path, fields: dict) -> list[tuple[str, dict]]:
+    """[(place, {field: value})] of a file, whatever its form; absent fields are absent."""
+    records = parse_records(path)
+    if isinstance(records, dict):
+        # A dict of numbered records, or a single line of JSON lines.
+        values = list(records.values())
+        records = values if all(isinstance(value, dict) for value in values) else [records]
+    if records and isinstance(records[0], list):
+        columns = [str(cell).strip().lower() for cell in records[0]]
+        if set(columns) & set(itertools.chain(*fields.values())):
+            records = records[1:]
+        else:
+            columns = list(fields)
+        records = [dict(zip(columns, row)) for row in records]
+    found = []
+    for number, record in enumerate(records, 1):
+        place = f"{path}, record {number}"
+        with expecting(place, f"fields such as {', '.join(list(fields)[:3])}"):
+            record = {name.lower(): value for name, value in record.items()}
+        # If a record has several of the names, the first one in the list wins, as the last entry.
+        found.append((place, {field: record[name] for field, names in fields.items()
+                              for name in reversed(names) if name in record}))
+    if not found:
+        raise UserError(f"{path} is empty: expected {', '.join(list(fields)[:3])}")
+    return found
+
+
+def checked_text(value) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is no text")
     return fix_surrogates(value)
 
 
-def checked_texts(values, complaint: str) -> list[str]:
-    require(isinstance(values, list), complaint)
-    return [checked_text(value, complaint) for value in values]
+def checked_texts(value) -> list[str]:
+    return [checked_text(text) for text in (value if isinstance(value, list) else [value])]
 
 
-def read_records(path, expected: str) -> list[tuple[str, dict]]:
-    """[(complaint, object)] of a JSON array or of JSON lines."""
-    text = read_text(path)
-    records = []
-    if text.lstrip().startswith("["):
-        for number, record in enumerate(parse_json(text, f"{path}: expected {expected}"), 1):
-            records.append((f"{path}, item {number}: expected {expected}", record))
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            complaint = f"{path}, line {number}: expected {expected}"
-            if line.strip():
-                records.append((complaint, parse_json(line, complaint)))
-    for complaint, record in records:
-        require(isinstance(record, dict), complaint)
-    require(records, f"{path} is empty: expected {expected}")
-    return records
+class Pair(NamedTuple):
+    """Two texts. images: the correct ones of the first; negative: a text that means another thing;
+    same: whether the two mean the same; pairs of one group are not independent."""
+    query: str
+    paraphrase: str
+    images: tuple = ()
+    kind: str = ""
+    negative: str = ""
+    same: bool = True
+    group: str | int | None = None
 
 
-def read_pairs(path) -> list[dict]:
-    """[{query, paraphrase, negative, images, kind, group}] of a pairs file, or of a SugarCrepe++
-    file (arXiv 2406.11171), which calls the first three caption, caption2 and negative_caption.
-
-    images are the correct ones. negative and kind are "" and group None where the file has none.
-    """
-    expected = ("JSON (lines) with query and paraphrase (SugarCrepe++: caption, caption2 and "
-                "negative_caption) and, where known, images (a list) or image, kind and group")
+def read_pairs(path) -> list[Pair]:
+    """The pairs of a file, or of a SugarCrepe++ file (arXiv 2406.11171), which calls the texts
+    caption, caption2 and negative_caption."""
     pairs = []
-    for complaint, record in read_records(path, expected):
-        query = record.get("query", record.get("caption"))
-        paraphrase = record.get("paraphrase", record.get("caption2"))
-        negative, kind = record.get("negative_caption", ""), record.get("kind", "")
-        image = record.get("image") or record.get("filename")
-        images = record.get("images", [image] if image else [])
-        group = record.get("group")
-        require(isinstance(negative, str) and isinstance(kind, str), complaint)
-        require(group is None or isinstance(group, (str, int)), complaint)
-        pairs.append({
-            "query": checked_text(query, complaint),
-            "paraphrase": checked_text(paraphrase, complaint),
-            "negative": fix_surrogates(negative),
-            "images": checked_texts(images, complaint),
-            "kind": fix_surrogates(kind),
-            "group": group,
-        })
+    for place, record in read_records(path, PAIR_FIELDS):
+        with expecting(place, "query and paraphrase (SugarCrepe++: caption, caption2, "
+                              "negative_caption) and, where known, image or images (a list), kind, "
+                              "same (true or false) and group"):
+            same = {"true": True, "false": False}[str(record.get("same", True)).lower()]
+            group, images = record.get("group"), record.get("images") or []
+            if group == "":
+                group = None  # an empty cell of a table
+            if not isinstance(group, str | int | None):
+                raise ValueError(f"the group is {group!r}")
+            pairs.append(Pair(
+                checked_text(record["query"]), checked_text(record["paraphrase"]),
+                tuple(checked_texts(images)), fix_surrogates(record.get("kind") or ""),
+                fix_surrogates(record.get("negative") or ""), same, group))
     return pairs
 
 
@@ -735,158 +907,189 @@ def read_lists(path) -> dict[str, list[str]]:
     A line is {"text", "ranking"}, or what --details writes: {"query", "query_ranking",
     "paraphrase", "paraphrase_ranking"}.
     """
-    expected = 'JSON lines of {"text": ..., "ranking": [image names, best first]}'
     lists = {}
-    for complaint, record in read_records(path, expected):
-        entries = [("text", "ranking")]
-        if "text" not in record:
+    for place, record in read_records(path, LIST_FIELDS):
+        with expecting(place, '{"text": ..., "ranking": [image names, best first]}'):
             entries = [("query", "query_ranking"), ("paraphrase", "paraphrase_ranking")]
-        for text_field, ranking_field in entries:
-            text = checked_text(record.get(text_field), complaint)
-            ranking = checked_texts(record.get(ranking_field), complaint)
-            # The details of several models hold each text once per model. Without this check the
-            # first model's list would be taken silently.
-            lists.setdefault(text, ranking)
-            require(lists[text] == ranking, f"{complaint}; {text!r} has another list further up: "
-                    "if the file holds several models, keep the lines of one")
+            if "text" in record:
+                entries = [("text", "ranking")]
+            for text_field, ranking_field in entries:
+                text = checked_text(record[text_field])
+                ranking = checked_texts(record[ranking_field])
+                # The details of several models hold each text once per model. Without this check
+                # the first model's list would be taken silently.
+                if lists.setdefault(text, ranking) != ranking:
+                    raise ValueError(f"{text!r} has another list further up: if the file holds "
+                                     "several models, keep the lines of one")
     return lists
 
 
-def read_captions(path) -> dict[str, list[str]]:
-    """{file name: [captions]} of a COCO captions file, without images that have none."""
-    expected = "COCO JSON with images [{id, file_name}] and annotations [{image_id, caption}]"
-    complaint = f"{path}: expected {expected}"
-    coco = parse_json(read_text(path), complaint)
-    require(isinstance(coco, dict), complaint)
-    names, captions = {}, {}
-    for field in ("images", "annotations"):
-        require(isinstance(coco.get(field), list), complaint)
-        for number, record in enumerate(coco[field], 1):
-            complaint = f"{path}, item {number} of {field}: expected {expected}"
-            require(isinstance(record, dict), complaint)
-            if field == "images":
-                require("id" in record, complaint)
-                names[str(record["id"])] = checked_text(record.get("file_name"), complaint)
-            else:
-                image_id = str(record.get("image_id"))
-                require(image_id in names, f"{complaint}; there is no image with id {image_id}")
-                caption = checked_text(record.get("caption"), complaint)
-                captions.setdefault(names[image_id], []).append(caption)
-    require(captions, f"{path} has no captions: expected {expected}")
+def read_captions(path, split: str = "test") -> dict[str, list[str]]:
+    """{image name: [captions]} of COCO's JSON, of Karpathy's (the images of one split), or of
+    records or rows of an image and a caption or its captions."""
+    data = parse_records(path)
+    with expecting(path, "captions: COCO's or Karpathy's JSON, or records of image and caption"):
+        if isinstance(data, dict) and "annotations" in data:
+            names = {image["id"]: image["file_name"] for image in data["images"]}
+            records = [{"image": names[annotation["image_id"]], "captions": annotation["caption"]}
+                       for annotation in data["annotations"]]
+        elif isinstance(data, dict) and "images" in data:
+            records = [{"image": image["filename"], "captions": image["sentences"]}
+                       for image in data["images"] if image["split"] == split]
+        else:
+            records = [record for _, record in read_records(path, CAPTION_FIELDS)
+                       if record.get("split", split) == split]
+        captions = {}
+        for record in records:
+            texts = record["captions"]
+            for text in texts if isinstance(texts, list) else [texts]:
+                # Karpathy's sentences have their tokens beside; Flickr's lines number the captions.
+                text = checked_text(text["raw"] if isinstance(text, dict) else text)
+                name = re.sub(r"#\d+$", "", checked_text(record["image"]))
+                captions.setdefault(name, []).append(text)
+        if not captions:
+            raise ValueError("there is none")
     return captions
 
 
 def read_sts(path) -> list[tuple[str, str, float]]:
-    """[(sentence1, sentence2, score)] of CSV or TSV: the columns of these names, if there is a
-    header with them, else the first three."""
-    lines, rows = read_lines(path), []
-    header, columns = ["sentence1", "sentence2", "score"], [0, 1, 2]
-    options = {}
-    if "\t" in lines[0]:
-        # Tab-separated sets, such as GLUE's, hold stray quote characters that quote nothing.
-        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(lines, **options)
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            names = [cell.lower() for cell in cells]
-            if not rows and set(header) <= set(names):
-                columns = [names.index(name) for name in header]
-                continue
-            if len(cells) <= max(columns):
-                raise ValueError(f"{len(cells)} columns")
-            sentence1, sentence2, score = [cells[column] for column in columns]
-            if sentence1 == "" or sentence2 == "" or not math.isfinite(float(score)):
-                raise ValueError("an empty sentence, or no finite number")
-            rows.append((fix_surrogates(sentence1), fix_surrogates(sentence2), float(score)))
-    # The ValueErrors above, that of float(), and what csv finds.
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}, row {reader.line_num}: expected sentence1, sentence2 and a "
-                        f"finite score ({error})") from None
-    require(rows, f"{path}: expected rows of sentence1, sentence2 and a finite score")
+    """[(sentence1, sentence2, score)]."""
+    rows = []
+    for place, record in read_records(path, STS_FIELDS):
+        with expecting(place, "sentence1, sentence2 and a finite score"):
+            score = float(record["score"])
+            if not math.isfinite(score):
+                raise ValueError(f"the score is {score}")
+            rows.append((checked_text(record["sentence1"]).strip(),
+                         checked_text(record["sentence2"]).strip(), score))
     return rows
 
 
 def read_lines(path) -> list[str]:
     """The lines of a file that are not blank, of which there must be some."""
-    text = read_text(path)
-    # Not tabs: in a table they stand for empty cells.
-    lines = [line.strip(" \r") for line in text.split("\n") if line.strip()]
-    require(lines, f"{path} is empty")
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty")
     return lines
 
 
+def read_classnames(path) -> list[str]:
+    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca"."""
+    return [re.sub(r"^n\d{8} ([^,]*).*", r"\1", line) for line in read_lines(path)]
+
+
 def read_templates(path) -> list[str]:
-    """Prompts, one per line, each with {} where the class name goes."""
-    templates = read_lines(path)
+    """Prompts, one per line, each with {} (CLIP_benchmark: {c}) where the class name goes."""
+    templates = [line.replace("{c}", "{}") for line in read_lines(path)]
     for template in templates:
-        require("{}" in template, f"{path}: expected {{}} for the class name in {template!r}")
+        if "{}" not in template:
+            raise UserError(f"{path}: expected {{}} for the class name in {template!r}")
     return templates
 
 
 def read_labels(path) -> tuple[list[str], dict[str, int]]:
     """(class names, {image name: class index}) of a JSON file with classnames and labels."""
-    complaint = (f"{path}: expected JSON of " '{"classnames": [names], "labels": '
-                 "{image name: index of its class}}")
-    record = parse_json(read_text(path), complaint)
-    require(isinstance(record, dict) and isinstance(record.get("labels"), dict), complaint)
-    names, labels = checked_texts(record.get("classnames"), complaint), record["labels"]
-    require(labels, complaint)
-    for name, label in labels.items():
-        require(isinstance(label, int) and 0 <= label < len(names),
-                f"{complaint}; the label of {name!r} is {label!r}")
+    form = '{"classnames": [names], "labels": {image name: index of its class}}'
+    with expecting(path, form):
+        record = json.loads(read_text(path))
+        names, labels = checked_texts(record["classnames"]), record["labels"]
+        for name, label in labels.items():
+            # True and False are numbers to Python.
+            if type(label) is not int or not 0 <= label < len(names):
+                raise ValueError(f"the label of {name!r} is {label!r}")
+        if not labels:
+            raise ValueError("there is no label")
     return names, labels
 
 
-def read_class_folders(source: str) -> tuple[dict, list[str], dict[str, int], str]:
-    """(gallery, class names, {image name: class index}, where the names are from) of a folder with
-    a folder per class.
+# What CLIP_benchmark writes beside the shards of a classification set.
+CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
 
-    source is a folder, imagenet:ROOT (the folders of ROOT/val), or cifar10:ROOT or cifar100:ROOT
-    (torchvision's test sets). Class names are torchvision's for cifar10:, cifar100: and an
-    imagenet: of all 1000 folders, otherwise those of the folders, with spaces for underscores.
+
+def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str | None]:
+    """(gallery, class names, {image name: class index}, where the names are from, None if that does
+    not do) of a test set.
+
+    source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
+    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
+    torchvision's for CIFAR and for ImageNet's 1000 folders, otherwise those of the folders, with
+    spaces for underscores. Raises UserError.
     """
     kind, colon, root = source.partition(":")
-    # A folder may have the name of a data set.
-    if not colon:
-        kind = "folder"
-    names_from = "its folders"
-    if kind in ("cifar10", "cifar100"):
-        try:
+    if colon and kind in ("cifar10", "cifar100"):
+        with expecting(root, f"{kind} as torchvision lays it out"):
             dataset = getattr(torchvision.datasets, kind.upper())(root, train=False)
-        except RuntimeError as error:
-            raise UserError(f"{root}: no {kind.upper()} there ({error})") from None
-        gallery = {f"test/{i}": pixels for i, pixels in enumerate(dataset.data)}
-        labels = dict(zip(gallery, dataset.targets))
-        classnames, names_from = dataset.classes, "torchvision"
-    else:
-        folder = Path(root).expanduser() / "val" if kind == "imagenet" else source
-        gallery = list_gallery(folder)
+        images = {f"test/{i}": functools.partial(np.asarray, pixels)
+                  for i, pixels in enumerate(dataset.data)}
+        labels = dict(zip(images, dataset.targets))
+        return Gallery(images), dataset.classes, labels, "torchvision"
+
+    if Path(source, CLASS_NAMES).is_file():
+        gallery, labels = list_gallery(f"{source}/test"), {}
+        classnames = read_lines(Path(source, CLASS_NAMES))
+        for shard in Path(source, "test").glob("*.tar"):
+            with expecting(shard, "KEY.cls, the number of its class, beside each image"):
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, _, extension = member.name.rpartition(".")
+                        if extension == "cls" and key in gallery.images:
+                            labels[key] = int(tar.extractfile(member).read())
+                            if not 0 <= labels[key] < len(classnames):
+                                raise ValueError(f"{member.name} is {labels[key]}, and "
+                                                 f"{CLASS_NAMES} has {len(classnames)} names")
+        return gallery, classnames, labels, CLASS_NAMES
+
+    is_imagenet = bool(colon) and kind == "imagenet"
+    folder = Path(root).expanduser() / "val" if is_imagenet else Path(source)
+    gallery = list_gallery(str(folder))
+    folders = [path.name for path in folder.iterdir()
+               if path.is_dir() and not path.name.startswith(".")]
+    # ImageNet-V2's folders are 0 ... 999, which as text would stand in another order.
+    numbered = all(name.isdecimal() for name in folders)
+    folders.sort(key=int if numbered else None)
+    class_of, labels = {name: i for i, name in enumerate(folders)}, {}
+    for name in gallery.names:
+        parts = name.split("/")
+        if len(parts) > 2:
+            raise UserError(f"{folder}: expected a folder of images for each class, but {name} "
+                            "lies deeper: give the folder of one split")
         # Images that lie beside the class folders belong to no class.
-        gallery = {name: item for name, item in gallery.items() if "/" in name}
-        classnames = sorted({name.split("/")[0] for name in gallery})
-        index = {name: i for i, name in enumerate(classnames)}
-        labels = {name: index[name.split("/")[0]] for name in gallery}
-        # ImageNet's folders are named by their WordNet ids, whose order torchvision's names follow.
-        if kind == "imagenet" and len(classnames) == 1000:
-            classnames = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
-            names_from = "torchvision"
-    require(labels, f"{source}: expected a folder of images for each class")
-    return gallery, [name.replace("_", " ") for name in classnames], labels, names_from
+        if len(parts) == 2:
+            labels[name] = class_of[parts[0]]
+    empty = set(range(len(folders))) - set(labels.values())
+    if empty or not folders:
+        raise UserError(f"{folder}: expected a folder of images for each class; "
+                        f"{[folders[i] for i in empty][:3]} have none")
+    wordnet = all(re.fullmatch(r"n\d{8}", name) for name in folders)
+    if len(folders) == 1000 and (wordnet or is_imagenet and numbered):
+        # Torchvision's names are in the order of the sorted WordNet ids.
+        categories = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+        return gallery, categories, labels, "torchvision"
+    # These names are no words.
+    names_from = None if wordnet or is_imagenet else "its folders"
+    return gallery, [name.replace("_", " ") for name in folders], labels, names_from
 
 
 # ---- measurements --------------------------------------------------------------------------------
-# A task is what one flag measures: a class with
-#   flag            the flag's name in EvalConfig
-#   gallery         the images that it is measured on: those of --images, its own, or "" for none
-#   __init__(cfg)   reads the flag's files, and sets names: the images of --images that they name
-#   measure(model, images, cfg)   gives {name: Scores, a number or a text}. A name is a tuple, the
-#                   path of keys in the JSON; images is the Images of its gallery, None without one
-# To add a task, write such a class, list it in TASKS and give EvalConfig its flag.
-class Scores(NamedTuple):
+class Values(NamedTuple):
     """A metric's values, and for each value its group: intervals resample groups."""
     values: np.ndarray  # (N,) float
     groups: np.ndarray  # (N,) int
+
+
+class Task:
+    """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and give
+    EvalConfig the flag.
+
+    A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
+    and has measure(model, images, cfg), which returns {name: Values, a number or a text}. A name is
+    a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
+    """
+    # The images that it is measured on, which it may replace by its own; measure() gets their
+    # features as `images`, an EncodedGallery.
+    gallery: Gallery | None = None
+    # The images of --images that its files name.
+    names: set[str] = set()
 
 
 RECALL_AT = (1, 5, 10)
@@ -894,7 +1097,7 @@ TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
 def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
-    """Every metric of two lists (Q, K): add yours here, and its row title to LABELS."""
+    """Every metric of two lists (Q, K): add yours here, and its row title to titles()."""
     return {
         "ao1": average_overlap(first, second, 1),
         "ao": average_overlap(first, second, k),
@@ -902,339 +1105,359 @@ def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
     }
 
 
-def group_numbers(pairs: list[dict]) -> np.ndarray:
+def group_numbers(pairs: list[Pair]) -> np.ndarray:
     """A number for each pair, the same for those that are not independent of each other: those of
     the same "group" or, where there is none, of the same correct images, or else query."""
     numbers, groups = {}, []
     for pair in pairs:
-        key = tuple(sorted(pair["images"])) or pair["query"]
-        if pair["group"] is not None:
-            key = ("group", pair["group"])
+        key = tuple(sorted(pair.images)) or pair.query
+        if pair.group is not None:
+            key = ("group", pair.group)
         groups.append(numbers.setdefault(key, len(numbers)))
     return np.array(groups)
 
 
-def unrelated(pairs: list[dict], seed: int) -> np.ndarray:
-    """For each pair the index of another one that shares no text or image with it, if possible.
+def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
+    """For each pair the index of another one that shares no text, image or group with it; -1 if
+    none is found.
 
     AO of a query and an unrelated paraphrase is what a model reaches without any understanding:
     one that returns the same images for every text would reach 1.
     """
-    contents = [{pair["query"], pair["paraphrase"], *pair["images"]} for pair in pairs]
+    contents = [{pair.query, pair.paraphrase, *pair.images, int(group)}
+                for pair, group in zip(pairs, groups)]
     order = np.random.default_rng(seed).permutation(len(pairs))
-    partners = np.zeros(len(pairs), dtype=int)
+    partners = np.full(len(pairs), -1)
     for position, i in enumerate(order):
         # The nearest one before it in a random order that will do. The file's own order would not
         # serve: neighbours there are often of one image.
         for step in range(1, min(len(pairs), 50)):
-            partners[i] = order[position - step]
-            if contents[i].isdisjoint(contents[partners[i]]):
+            partner = order[position - step]
+            if contents[i].isdisjoint(contents[partner]):
+                partners[i] = partner
                 break
     return partners
 
 
-def retrieval(key: str, ranked, text_features, image_features, correct, groups) -> dict:
-    """Recall in both directions and, where a text has several correct images, precision.
+def comparisons(pairs: list[Pair]) -> np.ndarray:
+    """(C, 2): indices of a pair that keeps and one that changes the meaning of the same text."""
+    kept, changed = {}, {}
+    for i, pair in enumerate(pairs):
+        for text in (pair.query, pair.paraphrase):
+            (kept if pair.same else changed).setdefault(text, set()).add(i)
+    found = set()
+    for text in kept.keys() & changed.keys():
+        found.update(itertools.product(kept[text], changed[text]))
+    return np.array(sorted(found), dtype=int).reshape(-1, 2)
 
-    ranked (Q, K): images found by each text; correct: rows of its correct images. Without
-    features (ranked lists), only from text to image, as deep as the lists reach.
+
+def image_to_text(texts, text_features, image_features, correct, groups) -> dict:
+    """{"i2t@1": Values, ...} of the images that are correct for some text: whether one of their
+    texts is found. For the bootstrap, an image belongs to the group of its first text.
+
+    correct: rows of each text's images. Texts that stand there several times count once.
     """
-    results = {}
-    # A model ranks the whole gallery, however small. A list that ends before k ranks does not tell
-    # what stands at k.
-    depths = [k for k in RECALL_AT if k <= ranked.shape[1] or image_features is not None]
-    for k in depths:
-        results[key, f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
-    if image_features is not None:
-        texts_of = {}
-        for text, rows in enumerate(correct):
-            for row in rows:
-                texts_of.setdefault(row, []).append(text)
-        ranked_texts = rankings(image_features[list(texts_of)], text_features, max(RECALL_AT))
-        for k in RECALL_AT:
-            recall = recall_at_k(ranked_texts, texts_of.values(), k)
-            results[key, f"i2t@{k}"] = Scores(recall, np.arange(len(recall)))
-    # With several correct images a hit among ten says little: most models always have one.
-    if 10 in depths and any(len(rows) > 1 for rows in correct):
-        precision = Scores(precision_at_k(ranked, correct, 10), groups)
-        results[key.replace("recall", "precision"), "t2i@10"] = precision
-    return results
+    different = {}
+    for i, text in enumerate(texts):
+        different.setdefault((text, *correct[i]), i)
+    kept = list(different.values())
+    texts_of = {}
+    for position, i in enumerate(kept):
+        for row in correct[i]:
+            texts_of.setdefault(row, []).append(position)
+    ranked = rankings(image_features[list(texts_of)], text_features[kept], max(RECALL_AT))
+    image_groups = groups[kept][[positions[0] for positions in texts_of.values()]]
+    return {f"i2t@{k}": Values(recall_at_k(ranked, texts_of.values(), k), image_groups)
+            for k in RECALL_AT}
 
 
-class Pairs:
-    """Rank similarity of queries and paraphrases, and recall of their correct images.
+def given_pairs(cfg: EvalConfig):
+    """Yields (file, pair) of --pairs, or the pair of --query and --paraphrase."""
+    if cfg.query:
+        with expecting("--query and --paraphrase", "a text each"):
+            # Several words arrive as several arguments where the quotes were left out.
+            query, paraphrase = " ".join(cfg.query), " ".join(cfg.paraphrase)
+            yield "", Pair(checked_text(query), checked_text(paraphrase))
+    for path, file in zip(cfg.pairs, short_names(cfg.pairs)):
+        for pair in read_pairs(path):
+            yield file, pair
 
-    Reported for all pairs together, by kind where pairs have one, and by file where there are
-    several. A benchmark with kinds has a headline in place of all pairs: those of one kind, that of
-    the first pair.
+
+class Pairs(Task):
+    """Rank similarity of queries and paraphrases, recall of their correct images, and contrast with
+    pairs that change the meaning.
+
+    Everything is computed once for all pairs, and reported for those of each kind, all together,
+    and those of each file where there are several.
     """
-    flag, gallery = "pairs", "images"
 
-    def __init__(self, cfg: EvalConfig):
-        require(cfg.images, f"--{self.flag} needs --images DIR to search in")
-        self.pairs = self.read(cfg)
-        self.names = [name for pair in self.pairs for name in pair["images"]]
+    def __init__(self, cfg, gallery):
+        self.gallery, self.names, self.pairs = gallery, set(), []
+        # {keys of a subset in the JSON, () for all: {index of a pair: None}}, a dict for a set with
+        # an order.
+        subsets, index = {(): {}}, {}
+        for file, pair in given_pairs(cfg):
+            self.names.update(pair.images)
+            images = {gallery.find(name) or name for name in pair.images}
+            pair = pair._replace(images=tuple(sorted(images)))
+            parts = [pair]
+            if pair.negative:
+                parts.append(pair._replace(paraphrase=pair.negative, same=False))
+            for part in parts:
+                # One that stands in two files, or twice in one, counts once in each subset.
+                content = part.query, part.paraphrase, part.images, part.same
+                i = index.setdefault(content, len(index))
+                if i == len(self.pairs):
+                    self.pairs.append(part)
+                subsets[()][i] = None
+                if part.kind:
+                    section = "kinds" if part.same else "changed"
+                    subsets.setdefault((section, part.kind), {})[i] = None
+                if len(cfg.pairs) > 1:
+                    subsets.setdefault(("files", file), {})[i] = None
+        sections = ["kinds", "all", "files", "changed"]  # in the order of the table
+        order = sorted(subsets, key=lambda keys: sections.index(keys[0] if keys else "all"))
+        self.subsets = {keys: np.array(list(subsets[keys])) for keys in order}
+        self.same = np.array([pair.same for pair in self.pairs])
         self.groups = group_numbers(self.pairs)
-        # Beside --captions, "recall" is that of the captions.
-        self.query_key = "query_recall" if cfg.captions else "recall"
-        # What is reported: the indices of pairs, by the path of keys in the JSON.
-        self.subsets = {(): list(range(len(self.pairs)))}
-        self.headline = ""
-        kinds = sorted({pair["kind"] for pair in self.pairs} - {""})
-        for kind in kinds:
-            self.subsets["kinds", kind] = [
-                i for i, pair in enumerate(self.pairs) if pair["kind"] == kind]
-        if kinds and cfg.benchmark:
-            self.headline = self.pairs[0]["kind"]
-            require(self.headline, f"{cfg.pairs[0]}: the first pair has no kind, but others have "
-                    "one: expected the kind of the headline in the first pair")
-            self.subsets[()] = self.subsets["kinds", self.headline]
-        if len(cfg.pairs) > 1:
-            for i, pair in enumerate(self.pairs):
-                path = ("files", pair["file"])
-                self.subsets.setdefault(path, []).append(i)
-            # A pair that stands in several files counts once in the whole.
-            first = {}
-            for i, pair in enumerate(self.pairs):
-                content = (pair["query"], pair["paraphrase"], *pair["images"])
-                first.setdefault(content, i)
-            self.subsets[()] = list(first.values())
-
-    def read(self, cfg: EvalConfig) -> list[dict]:
-        pairs = []
-        for path, file in zip(cfg.pairs, short_names(cfg.pairs)):
-            pairs += [pair | {"file": file} for pair in read_pairs(path)]
-        return pairs
 
     def measure(self, model, images, cfg):
         self.k = min(cfg.k, len(images.names))
-        texts = [pair["query"] for pair in self.pairs]
-        texts += [pair["paraphrase"] for pair in self.pairs]
         depth = min(max(cfg.k, *RECALL_AT), len(images.names))
+        queries = [pair.query for pair in self.pairs]
+        paraphrases = [pair.paraphrase for pair in self.pairs]
+        features, depths = None, RECALL_AT
         if isinstance(model, RankedLists):
-            ranked = model.search(texts, images, self.k, depth)
-            features = None
+            ranked = model.search(queries + paraphrases, images, self.k, depth)
+            # A list that ends before k ranks does not tell what stands at k.
+            depths = [k for k in RECALL_AT if k <= ranked.shape[1]]
         else:
-            features = embed_texts(model, texts, cfg)
+            features = embed_texts(model, queries + paraphrases, cfg)
             ranked = rankings(features, images.features, depth).numpy()
             features = features.view(2, len(self.pairs), -1)
         ranked = ranked.reshape(2, len(self.pairs), -1)
+        correct = [[images.rows[name] for name in pair.images if name in images.rows]
+                   for pair in self.pairs]
+        # Pairs that change the meaning are no part of recall.
+        correct_if_same = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
+
+        # {name: (P,) values of all P pairs}, NaN where a metric says nothing of a pair.
+        values = {(name,): value for name, value in compare_lists(*ranked, self.k).items()}
+        values |= self.chance(ranked, cfg.seed)
+        values[("ao_minus_random",)] = values[("ao",)] - values[("ao_random",)]
+        # With --captions, the key "recall" is that of the captions.
+        keys = ["query_recall" if cfg.captions else "recall", "paraphrase_recall"]
+        for side, key in enumerate(keys):
+            for k in depths:
+                values[key, f"t2i@{k}"] = recall_at_k(ranked[side], correct_if_same, k)
+
+        results = {("split",): cfg.split} if cfg.benchmark else {}
+        results |= self.slices(values, images)
+        if self.names:
+            known = [i for i, rows in enumerate(correct_if_same) if rows]
+            results[("recall_pairs",)] = len(known)
+            if features is not None and known:
+                for side, key in enumerate(keys):
+                    texts = [(queries, paraphrases)[side][i] for i in known]
+                    found = image_to_text(texts, features[side, known], images.features,
+                                          [correct[i] for i in known], self.groups[known])
+                    results |= {(key, name): scores for name, scores in found.items()}
 
         # What --details writes of each pair, and figures show.
-        self.correct, self.details = [], []
-        ao = average_overlap(ranked[0], ranked[1], self.k).tolist()
-        js = jaccard(ranked[0], ranked[1], self.k).tolist()
-        for i, pair in enumerate(self.pairs):
-            rows = [images.rows[name] for name in pair["images"] if name in images.rows]
-            self.correct.append(rows)
-            self.details.append({
-                "query": pair["query"], "paraphrase": pair["paraphrase"], "kind": pair["kind"],
-                "ao": ao[i], "js": js[i],
-                "query_ranking": [images.names[row] for row in ranked[0, i]],
-                "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
-                "images": [images.names[row] for row in rows]})
+        self.details = [{
+            "query": pair.query, "paraphrase": pair.paraphrase, "kind": pair.kind,
+            "same": pair.same, "ao": float(values[("ao",)][i]), "js": float(values[("js",)][i]),
+            "query_ranking": [images.names[row] for row in ranked[0, i]],
+            "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
+            "images": [images.names[row] for row in correct[i]],
+        } for i, pair in enumerate(self.pairs)]
+        return results
 
+    def chance(self, ranked, seed: int) -> dict:
+        """Values of unrelated pairs: the query of each with the paraphrase of another."""
+        kept = np.flatnonzero(self.same)
+        partners = unrelated([self.pairs[i] for i in kept], self.groups[kept], seed)
+        queries, others = kept[partners >= 0], kept[partners[partners >= 0]]
+        values = {}
+        for name, value in compare_lists(ranked[0, queries], ranked[1, others], self.k).items():
+            values[(f"{name}_random",)] = np.full(len(self.pairs), np.nan)
+            values[(f"{name}_random",)][queries] = value
+        return values
+
+    def slices(self, values: dict, images) -> dict:
+        """The results of each subset of the pairs."""
         results = {}
-        if cfg.benchmark:
-            results["split",] = cfg.split
-        if self.headline:
-            results["headline",] = self.headline
-        results["k",], results["gallery",] = self.k, len(images.names)
-        for path, chosen in self.subsets.items():
-            subset = self.measure_subset(chosen, ranked, features, images, cfg)
-            results |= {path + name: value for name, value in subset.items()}
-        return results
-
-    def measure_subset(self, chosen, ranked, features, images, cfg):
-        """The results of the pairs of these indices. ranked (2, P, K), features (2, P, E)."""
-        first, second = ranked[:, chosen]
-        groups = self.groups[chosen]
-        results = {("pairs",): len(chosen)}
-        values = compare_lists(first, second, self.k)
-        for name, value in values.items():
-            results[name,] = Scores(value, groups)
-        if len(chosen) > 1:
-            partners = unrelated([self.pairs[i] for i in chosen], cfg.seed)
-            chance = compare_lists(first, second[partners], self.k)
-            for name, value in chance.items():
-                results[f"{name}_random",] = Scores(value, groups)
-            results["ao_minus_random",] = Scores(values["ao"] - chance["ao"], groups)
-        # This asks whether images are named, not whether they are there: if the gallery lacks all
-        # of them, the report says that recall is that of 0 pairs.
-        if any(self.pairs[i]["images"] for i in chosen):
-            known = [i for i in chosen if self.correct[i]]
-            results["recall_pairs",] = len(known)
-            if known:
-                correct = [self.correct[i] for i in known]
-                for side, key in enumerate((self.query_key, "paraphrase_recall")):
-                    text_features = None if features is None else features[side, known]
-                    results |= retrieval(key, ranked[side, known], text_features, images.features,
-                                         correct, self.groups[known])
+        ao = values[("ao",)]
+        compared = comparisons(self.pairs)
+        contrasts = contrast(*ao[compared.T])
+        for keys, chosen in self.subsets.items():
+            if keys == ():
+                results |= {("k",): self.k, ("gallery",): len(images.names)}
+            shown = chosen if keys[:1] == ("changed",) else chosen[self.same[chosen]]
+            results[*keys, "pairs"] = len(shown)
+            results[*keys, "groups"] = len(set(self.groups[shown]))
+            for name, value in values.items():
+                measured = shown[~np.isnan(value[shown])]
+                if len(measured):
+                    results[*keys, *name] = Values(value[measured], self.groups[measured])
+            inside = np.isin(compared[:, 1], chosen)
+            if inside.any():
+                results[*keys, "contrast_pairs"] = int(inside.sum())
+                groups = self.groups[compared[inside, 0]]
+                results[*keys, "contrast"] = Values(contrasts[inside], groups)
+        if not self.same.all():
+            results[("ao_changed",)] = Values(ao[~self.same], self.groups[~self.same])
         return results
 
 
-class Query(Pairs):
-    """The one pair of --query and --paraphrase."""
-    flag = "query"
-
-    def read(self, cfg):
-        # Several words arrive as several arguments where the quotes were left out.
-        query = fix_surrogates(" ".join(cfg.query))
-        paraphrase = fix_surrogates(" ".join(cfg.paraphrase))
-        require(query.strip() and paraphrase.strip(), "--query and --paraphrase must not be empty")
-        pair = {"query": query, "paraphrase": paraphrase, "images": [], "kind": "", "group": None}
-        return [pair]
-
-
-class Captions:
+class Captions(Task):
     """Recall of captions among the images that have any."""
-    flag, gallery = "captions", "images"
 
-    def __init__(self, cfg: EvalConfig):
-        require(cfg.images, "--captions needs --images DIR to search in")
-        self.path, self.captions = cfg.captions, read_captions(cfg.captions)
-        self.names = list(self.captions)
+    def __init__(self, cfg, gallery):
+        self.gallery, self.captions = gallery, read_captions(cfg.captions, cfg.split)
+        self.names = set(self.captions)
 
     def measure(self, model, images, cfg):
-        known = [name for name in self.names if name in images.rows]
-        require(known, f"{self.path}: none of its images is there and readable")
-        # In the gallery's order, so that ties are broken as in the other tasks.
-        known.sort(key=lambda name: images.rows[name])
-        texts, image_of_text = [], []
-        for i, name in enumerate(known):
-            texts += self.captions[name]
-            image_of_text += [i] * len(self.captions[name])
-        text_features = embed_texts(model, texts, cfg)
-        # Images without captions, which --pairs may search in, would only make recall lower.
-        image_features = images.features[[images.rows[name] for name in known]]
+        captions = {}
+        for name, texts in self.captions.items():
+            if images.row(name) is not None:
+                captions.setdefault(images.row(name), []).extend(texts)
+        if not captions:
+            raise UserError(f"{cfg.captions}: none of its images is there and readable")
+        # In the gallery's order, so that ties are broken as in the other tasks. Images without
+        # captions, which --pairs may search in, would only make recall lower.
+        rows = sorted(captions)
+        texts = [text for row in rows for text in captions[row]]
+        correct = [[i] for i, row in enumerate(rows) for _ in captions[row]]
+        groups = np.array(correct)[:, 0]
+        text_features, image_features = embed_texts(model, texts, cfg), images.features[rows]
         ranked = rankings(text_features, image_features, max(RECALL_AT)).numpy()
-        correct = [[i] for i in image_of_text]
-        return {
-            ("captions", "images"): len(known),
-            ("captions", "missing"): len(self.names) - len(known),
-            ("captions", "captions"): len(texts),
-            **retrieval("recall", ranked, text_features, image_features, correct,
-                        np.array(image_of_text)),
-        }
+        results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
+                   ("captions", "missing"): len(self.captions) - len(rows)}
+        for k in RECALL_AT:
+            results["recall", f"t2i@{k}"] = Values(recall_at_k(ranked, correct, k), groups)
+        found = image_to_text(texts, text_features, image_features, correct, groups)
+        return results | {("recall", name): scores for name, scores in found.items()}
 
 
-class Triplets:
+class Triplets(Task):
     """SugarCrepe++: are two captions, and their image, closer to each other than to a negative?
 
     text_only: sim(P1, P2) > sim(P1, N) and sim(P1, P2) > sim(P2, N)
     image_text: sim(I, P1) > sim(I, N) and sim(I, P2) > sim(I, N)
     Both are 1 or 0 for each triplet; a tie counts as 0.
     """
-    flag, gallery = "triplets", "images"
 
-    def __init__(self, cfg: EvalConfig):
-        self.files, self.names = {}, []
+    def __init__(self, cfg, gallery):
+        self.gallery, self.files = gallery, {}
         for path, file in zip(cfg.triplets, short_names(cfg.triplets)):
             self.files[file] = read_pairs(path)
             for triplet in self.files[file]:
-                require(triplet["negative"].strip(), f"{path}: expected SugarCrepe++ JSON with a "
-                        f"negative_caption, also of {triplet['query']!r}")
-                self.names += triplet["images"]
+                if not triplet.negative.strip():
+                    raise UserError(f"{path}: expected SugarCrepe++ JSON with a negative_caption, "
+                                    f"also of {triplet.query!r}")
+        triplets = itertools.chain(*self.files.values())
+        self.names = {name for triplet in triplets for name in triplet.images}
 
     def measure(self, model, images, cfg):
         results = {}
         for file, triplets in self.files.items():
-            texts = []
-            for field in ("query", "paraphrase", "negative"):
-                texts += [triplet[field] for triplet in triplets]
+            texts = [getattr(triplet, field) for field in ("query", "paraphrase", "negative")
+                     for triplet in triplets]
             p1, p2, negative = embed_texts(model, texts, cfg).chunk(3)
             p1_p2 = similarity(p1, p2)
             text_only = (p1_p2 > similarity(p1, negative)) & (p1_p2 > similarity(p2, negative))
             groups = group_numbers(triplets)
             results["triplets", file, "n"] = len(triplets)
-            results["triplets", file, "text_only"] = Scores(text_only.astype(float), groups)
+            results["triplets", file, "text_only"] = Values(text_only.astype(float), groups)
             known, rows = [], []
             for i, triplet in enumerate(triplets):
-                there = [name for name in triplet["images"] if images and name in images.rows]
-                if there:
+                there = [images.row(name) for name in triplet.images] if images else []
+                if there and there[0] is not None:
                     known.append(i)
-                    rows.append(images.rows[there[0]])
+                    rows.append(there[0])
             if known:
                 image = images.features[rows]
                 image_n = similarity(image, negative[known])
                 image_text = ((similarity(image, p1[known]) > image_n)
                               & (similarity(image, p2[known]) > image_n))
-                scores = Scores(image_text.astype(float), groups[known])
+                scores = Values(image_text.astype(float), groups[known])
                 results["triplets", file, "image_text_n"] = len(known)
                 results["triplets", file, "image_text"] = scores
         return results
 
 
-class STS:
+class STS(Task):
     """Spearman's rank correlation of cosine similarity and human score (arXiv 1708.00055)."""
-    flag, gallery = "sts", ""
 
-    def __init__(self, cfg: EvalConfig):
-        self.path, self.rows, self.names = cfg.sts, read_sts(cfg.sts), []
+    def __init__(self, cfg, gallery):
+        self.rows = read_sts(cfg.sts)
 
     def measure(self, model, images, cfg):
         sentences1, sentences2, scores = zip(*self.rows)
         a, b = embed_texts(model, [*sentences1, *sentences2], cfg).chunk(2)
         correlation = spearman(similarity(a, b), scores)
-        require(not math.isnan(correlation),
-                f"{self.path}: equal scores or similarities have no rank correlation")
+        if math.isnan(correlation):
+            raise UserError(f"{cfg.sts}: equal scores or similarities have no rank correlation")
         return {("sts", "n"): len(self.rows), ("sts", "spearman"): correlation}
 
 
-class ZeroShot:
+class ZeroShot(Task):
     """Accuracy of the class whose prompts, averaged, are most similar (arXiv 2103.00020, 3.1.4)."""
-    flag, gallery = "zeroshot", "zeroshot"
 
-    def __init__(self, cfg: EvalConfig):
-        self.names = []
+    def __init__(self, cfg, gallery):
         if cfg.zeroshot.endswith(".json"):
-            require(cfg.images, "--zeroshot FILE.json needs --images DIR, the images it labels")
             self.classnames, self.labels = read_labels(cfg.zeroshot)
-            self.names_from, self.gallery = "its JSON file", "images"
-            self.names = list(self.labels)
+            self.gallery, self.names, names_from = gallery, set(self.labels), "its JSON file"
         else:
-            self.items, self.classnames, self.labels, self.names_from = read_class_folders(
-                cfg.zeroshot)
-            require(cfg.classnames or self.names_from == "torchvision"
-                    or not cfg.zeroshot.startswith("imagenet:"),
-                    f"{cfg.zeroshot}: {len(self.classnames)} of ImageNet's 1000 folders, whose "
-                    "names are no words: give --classnames")
+            self.gallery, self.classnames, self.labels, names_from = read_classes(cfg.zeroshot)
         # Names and prompts move ImageNet's accuracy by several points. So the output says whose
         # they are, and others' numbers can be compared only if theirs are the same.
         if cfg.classnames:
-            names = read_lines(cfg.classnames)
-            require(len(names) == len(self.classnames), f"{cfg.classnames}: expected "
-                    f"{len(self.classnames)} class names, one per line, but it has {len(names)}")
-            self.classnames, self.names_from = names, cfg.classnames
-        self.templates, self.templates_from = TEMPLATES, "eval_paraphrase.py"
-        if cfg.templates:
-            self.templates, self.templates_from = read_templates(cfg.templates), cfg.templates
+            names, names_from = read_classnames(cfg.classnames), cfg.classnames
+            if len(names) != len(self.classnames):
+                raise UserError(f"{cfg.classnames}: expected {len(self.classnames)} class names, "
+                                f"one per line, but it has {len(names)}")
+            self.classnames = names
+        if not names_from:
+            raise UserError(f"{cfg.zeroshot}: {len(self.classnames)} folders, which are not "
+                            "ImageNet's 1000 and whose names are no words: give --classnames")
+        repeated = [name for name, uses in Counter(self.classnames).items() if uses > 1]
+        if repeated:
+            raise UserError(f"{names_from}: {len(repeated)} names stand for several classes, such "
+                            f"as {repeated[0]!r}: give different ones with --classnames")
+        self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
+        if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
+            templates_from = cfg.templates or PROMPTS
+            self.templates = read_templates(cfg.templates or Path(cfg.zeroshot, PROMPTS))
+        self.sources = {("zeroshot", "classnames"): f"from {names_from}",
+                        ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 
     def measure(self, model, images, cfg):
-        known = [name for name in self.labels if name in images.rows]
-        require(known, f"{cfg.zeroshot}: none of its images is there and readable")
-        prompts = []
-        for name in self.classnames:
-            prompts += [template.replace("{}", name) for template in self.templates]
+        known = [name for name in self.labels if images.row(name) is not None]
+        if not known:
+            raise UserError(f"{cfg.zeroshot}: none of its images is there and readable")
+        prompts = [template.replace("{}", name) for name in self.classnames
+                   for template in self.templates]
         # Each prompt is normalised before the mean, so that none weighs more by its length.
         features = normalize(embed_texts(model, prompts, cfg), dim=-1)
-        features = features.view(len(self.classnames), len(self.templates), -1)
-        class_features = features.mean(1)
-        image_features = images.features[[images.rows[name] for name in known]]
-        ranked = rankings(image_features, class_features, 5)
-        correct = [[self.labels[name]] for name in known]
-        groups = np.arange(len(known))
-        return {
-            ("zeroshot", "classes"): len(self.classnames),
-            ("zeroshot", "classnames"): f"from {self.names_from}",
-            ("zeroshot", "templates"): f"{len(self.templates)} from {self.templates_from}",
-            ("zeroshot", "images"): len(known),
-            ("zeroshot", "top1"): Scores(recall_at_k(ranked, correct, 1), groups),
-            ("zeroshot", "top5"): Scores(recall_at_k(ranked, correct, 5), groups),
-        }
+        class_features = features.view(len(self.classnames), len(self.templates), -1).mean(1)
+        ranked = rankings(images.features[[images.row(name) for name in known]], class_features, 5)
+        correct, groups = [[self.labels[name]] for name in known], np.arange(len(known))
+        results = {("zeroshot", "classes"): len(self.classnames), **self.sources,
+                   ("zeroshot", "images"): len(known),
+                   ("zeroshot", "top1"): Values(recall_at_k(ranked, correct, 1), groups)}
+        # Among five classes, the correct one is always one of the first five.
+        if len(self.classnames) > 5:
+            results["zeroshot", "top5"] = Values(recall_at_k(ranked, correct, 5), groups)
+        return results
 
 
-TASKS = [Pairs, Query, Captions, Triplets, STS, ZeroShot]
+# By their flags.
+TASKS = {"pairs": Pairs, "query": Pairs, "captions": Captions, "triplets": Triplets, "sts": STS,
+         "zeroshot": ZeroShot}
+# What searches the images of --images.
+SEARCHING = ("pairs", "query", "captions")
 
 
 # ---- what to measure on --------------------------------------------------------------------------
@@ -1257,56 +1480,79 @@ def choose_benchmark(cfg: EvalConfig):
 
     A split is a folder of shards with pairs.jsonl, and optionally zeroshot.json and captions.json.
     """
-    for task in TASKS:
-        if getattr(cfg, task.flag):
-            cfg.benchmark = ""
-            return
+    if any(getattr(cfg, name) for name in TASKS):
+        cfg.benchmark = ""
+        return
+    if cfg.images:
+        raise UserError(f"--images needs what to search for: one of --{', --'.join(SEARCHING)}, or "
+                        "--zeroshot FILE.json")
     if cfg.benchmark == "emoji":
         # Here, since other data do not need the program that draws these.
         from demo.emoji_scenes import emoji_folder
         folder = Path(emoji_folder(), cfg.split)
     else:
         folder = data_folder(cfg.benchmark) / cfg.split
-    require(folder.is_dir(), f"--benchmark {cfg.benchmark}: there is no folder {folder}")
+    if not folder.is_dir():
+        raise UserError(f"--benchmark {cfg.benchmark}: there is no folder {folder}")
     cfg.images, cfg.pairs = str(folder), [str(folder / "pairs.jsonl")]
     for name in ("zeroshot", "captions"):
         if (folder / f"{name}.json").exists():
             setattr(cfg, name, str(folder / f"{name}.json"))
 
 
-def read_gallery(cfg: EvalConfig, tasks: list) -> dict:
-    """The images of --images. Pairs are searched in all, other tasks in those that they name."""
-    gallery = list_gallery(cfg.images)
-    named = {name for task in tasks for name in task.names}
-    if not (cfg.pairs or cfg.query):
-        # 500 labelled images of a folder of 100,000 are no reason to encode all of them.
-        gallery = {name: item for name, item in gallery.items()
-                   if name in named or Path(name).name in named}
-        require(gallery, f"{cfg.images}: none of the {len(named)} named images is there")
-    missing = named - rows_by_name(list(gallery)).keys()
+def choose_tasks(cfg: EvalConfig) -> dict[str, Task]:
+    """{flag: what it measures}; pairs are searched in all images, and without pairs only the images
+    that files name are encoded. Raises UserError."""
+    for name in (*SEARCHING, "zeroshot"):
+        value = getattr(cfg, name)
+        if value and not cfg.images and (name in SEARCHING or value.endswith(".json")):
+            raise UserError(f"--{name} needs --images DIR to search in")
+    gallery = list_gallery(cfg.images) if cfg.images else None
+    tasks = {name: task(cfg, gallery) for name, task in TASKS.items() if getattr(cfg, name)}
+    has_pairs = bool(cfg.pairs or cfg.query)
+    if not has_pairs and (cfg.details or cfg.figure or cfg.report):
+        raise UserError("--details, --figure and --report show pairs: give --pairs, or --query")
+    named = set().union(*[task.names for task in tasks.values()])
+    missing = sorted(name for name in named if gallery and gallery.find(name) is None)
     if missing:
-        print(f"note: {cfg.images}: {len(missing)} of {len(named)} named images are not there, "
-              f"such as {min(missing)}", file=sys.stderr)
-    return gallery
+        print(f"note: {cfg.images}: {len(missing)} of {len(named)} named images are not there, or "
+              f"several have the name, such as {missing[0]}", file=sys.stderr)
+    if gallery and not has_pairs:
+        # 500 labelled images of a folder of 100,000 are no reason to encode all of them.
+        part = gallery.only(named) if named else None
+        if part and not part.names:
+            raise UserError(f"{cfg.images}: none of the {len(named)} named images is there")
+        for task in tasks.values():
+            if task.gallery is gallery:
+                task.gallery = part
+    return tasks
 
 
 # ---- report --------------------------------------------------------------------------------------
 class Estimate(NamedTuple):
-    """The mean of a metric's values, its 95 % interval, and the independent groups behind it."""
+    """The mean of a metric's values, its 95 % interval (None if there is only one group), and the
+    number of independent groups."""
     mean: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
     groups: int
 
 
-def estimate(results: dict, seed: int) -> dict:
-    """Results with an Estimate in place of each Scores."""
+def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
+    """Results with an Estimate in place of each Values."""
     estimates = {}
     for name, value in results.items():
-        if isinstance(value, Scores):
-            low, high = bootstrap_ci(value.values, value.groups, seed)
-            groups = len(np.unique(value.groups))
-            value = Estimate(float(value.values.mean()), low, high, groups)
+        if isinstance(value, Values):
+            mean, groups = float(value.values.mean()), len(set(value.groups.tolist()))
+            interval = None
+            if groups > 1:
+                interval = bootstrap_ci(value.values, value.groups, seed)
+                # If all groups have 1, or all have 0, the bootstrap's interval has no width. This is
+                # the exact one of a binomial rate (Clopper and Pearson 1934).
+                is_rate = not of_differences and name[-1] != "ao_minus_random"
+                if is_rate and mean in (0, 1) and interval == (mean, mean):
+                    width = 1 - 0.025 ** (1 / groups)
+                    interval = (0, width) if mean == 0 else (1 - width, 1)
+            value = Estimate(mean, interval, groups)
         estimates[name] = value
     return estimates
 
@@ -1314,213 +1560,228 @@ def estimate(results: dict, seed: int) -> dict:
 def to_json(estimates: dict) -> dict:
     """Nested dicts: ("kinds", "order", "ao") becomes kinds.order.ao, its interval ...ao_ci.
 
-    The intervals of recall and precision stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
+    The intervals of recall stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
     """
     report = {}
+
+    def put(path, value):
+        place = report
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+
     for name, value in estimates.items():
+        if not isinstance(value, Estimate):
+            put(name, value)
+            continue
+        put(name, value.mean)
         *path, key = name
-        entries = {name: value}
-        if isinstance(value, Estimate):
-            interval = (*path, f"{key}_ci")
-            if "@" in key:
-                interval = (*path[:-1], f"{path[-1]}_ci", key)
-            entries = {name: value.mean, interval: [value.low, value.high]}
-        for keys, entry in entries.items():
-            place = report
-            for key in keys[:-1]:
-                place = place.setdefault(key, {})
-            place[keys[-1]] = entry
+        if value.interval and "@" in key:
+            put((*path[:-1], f"{path[-1]}_ci", key), list(value.interval))
+        elif value.interval:
+            put((*path, f"{key}_ci"), list(value.interval))
     return report
 
 
 # Titles of the table's rows; other keys are their own titles.
 LABELS = {
     "ao1": "same first image",
-    "ao": "AO@k",
-    "js": "JS@k",
+    "ao": "AO@{k}",
+    "js": "JS@{k}",
     "ao1_random": "same first image, unrelated pairs",
-    "ao_random": "AO@k, unrelated pairs",
-    "js_random": "JS@k, unrelated pairs",
-    "ao_minus_random": "AO@k minus unrelated",
+    "ao_random": "AO@{k}, unrelated pairs",
+    "js_random": "JS@{k}, unrelated pairs",
+    "ao_minus_random": "AO@{k} minus unrelated",
+    "ao_changed": "AO@{k}, meaning changed",
+    "changed": "meaning changed:",
+    "contrast": "contrast: same above changed",
+    "contrast_pairs": "comparisons of contrast",
     "recall_pairs": "pairs with an image",
 }
 # What the table shows of each kind and file; the JSON has all.
-SHOWN_OF_SUBSETS = ("pairs", "ao1", "ao", "ao_minus_random", "js")
+SHOWN_OF_SUBSETS = ("pairs", "ao1", "ao", "ao_minus_random", "js", "contrast")
 # Estimates from fewer independent groups are marked: their bootstrap intervals are too narrow.
 FEW = 30
 
 
 class Column(NamedTuple):
-    """A column of the table: a model's results, or its differences to the first model."""
+    """A column of the table: a model's results, or its differences to the baseline."""
     header: str
     estimates: dict
-    sign: str  # "+" for differences, which show it
+    is_difference: bool = False
+
+    def cell(self, name) -> str:
+        value = self.estimates.get(name, "")
+        if not isinstance(value, Estimate):
+            return f"{100 * value:.1f} " if isinstance(value, float) else f"{value} "
+        text = f"{100 * value.mean:{'+' if self.is_difference else ''}.1f}"
+        mark = "*" if value.groups < FEW else " "
+        if value.interval:
+            low, high = value.interval
+            text += f" ±{50 * (high - low):.1f}"
+            if self.is_difference and mark == " " and (low > 0 or high < 0):
+                mark = "≠"
+        return text + mark
 
 
-def row_title(keys) -> str:
-    titles = [LABELS.get(key, key.replace("_", " ")) for key in keys]
+def row_title(keys, k: int) -> str:
+    titles = [LABELS.get(key, key.replace("_", " ")).replace("{k}", str(k)) for key in keys]
     return " ".join(titles)
 
 
-def table_rows(columns: list[Column]) -> list[tuple[str, list[str]]]:
-    """[(title, a cell per column)], with an empty row and a heading before each section."""
-    # The rows of all columns, as a model of ranked lists has fewer.
-    estimates_by_name = {}
+def table_of(columns: list[Column]) -> tuple[list[str], list]:
+    """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
+    # The rows of all columns, as a model of ranked lists has fewer, by their section.
+    sections, texts, k = {}, {}, 0
     for column in columns:
-        estimates_by_name.update(column.estimates)
-    rows, section = [], ()
-    for name, value in estimates_by_name.items():
-        # The texts stand above the table, see print_table().
-        if isinstance(value, str):
-            continue
-        if name[0] in ("kinds", "files") and name[2] not in SHOWN_OF_SUBSETS:
-            continue
-        if name[:-1] != section:
-            section = name[:-1]
-            rows.append(("", [""] * len(columns)))
-            rows.append((row_title(section), [""] * len(columns)))
-        cells = []
-        for column in columns:
-            cell_value = column.estimates.get(name, "")
-            if isinstance(cell_value, Estimate):
-                # A mean as 100 x, followed by half its interval.
-                mark = "*" if cell_value.groups < FEW else " "
-                half = (cell_value.high - cell_value.low) / 2
-                cells.append(f"{100 * cell_value.mean:{column.sign}.1f} ±{100 * half:.1f}{mark}")
-            elif isinstance(cell_value, float):
-                cells.append(f"{100 * cell_value:.1f} ")
-            else:
-                cells.append(f"{cell_value} ")
-        rows.append((row_title(name[-1:]), cells))
-    return rows
-
-
-def print_table(columns: list[Column], markdown: bool):
-    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
-    # What was measured on, in words: the same for all models, but ranked lists lack some of it.
-    texts = {}
-    for column in columns:
+        k = column.estimates.get(("k",), k)
         for name, value in column.estimates.items():
+            # The texts, the same for all models, stand above the table.
             if isinstance(value, str):
                 texts[name] = value
-    for name, text in texts.items():
-        print(f"{row_title(name)}: {text}")
-    print("Means x100, ± half a 95 % interval. *: fewer than "
-          f"{FEW} independent images, groups or queries.\n")
-    rows = table_rows(columns)
-    if markdown:
-        print("| |", " | ".join(column.header for column in columns), "|")
-        print("|---|" + "---:|" * len(columns))
-        for title, cells in rows:
-            print(f"| {title} |", " | ".join(cells), "|")
-        print()
-        return
+            elif name[0] not in ("kinds", "files", "changed") or name[2] in SHOWN_OF_SUBSETS:
+                sections.setdefault(name[:-1], {})[name] = None
+    table = []
+    for section, names in sections.items():
+        title = row_title(section, k)
+        if section == () and len(sections) > 1:
+            title = "all pairs"
+        rows = [(row_title(name[-1:], k), [column.cell(name) for column in columns])
+                for name in names]
+        table.append((title, rows))
+    lines = [f"{row_title(name, k)}: {text}" for name, text in texts.items()]
+    lines.append(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, "
+                 "groups or queries.")
+    lines.append("≠: a difference from 0 beyond its interval.")
+    return lines, table
+
+
+def print_table(columns: list[Column]):
+    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
+    lines, table = table_of(columns)
+    print("\n".join(lines))
     for start in range(0, len(columns), 4):
-        block = slice(start, start + 4)
+        block = columns[start:start + 4]
+        print()
         # Long headers take several lines.
-        headers = [textwrap.wrap(column.header, 14) for column in columns[block]]
+        headers = [textwrap.wrap(column.header, 14) for column in block]
         for cells in itertools.zip_longest(*headers, fillvalue=""):
             print(" " * 36 + "".join(cell.rjust(16) for cell in cells))
-        for title, cells in rows:
-            line = title.ljust(36) + "".join(cell.rjust(16) for cell in cells[block])
-            print(line.rstrip())
-        print()
+        for section, rows in table:
+            print(f"\n{section}".rstrip())
+            for title, cells in rows:
+                cells = "".join(cell.rjust(16) for cell in cells[start:start + 4])
+                print(f"{title:36}{cells}".rstrip())
+    print()
 
 
 # ---- main ----------------------------------------------------------------------------------------
+def measure_model(name: str, model, tasks: dict[str, Task], cfg: EvalConfig):
+    """(results, {gallery: names of its images that the model can read}, details of pairs)."""
+    # Tasks on texts alone have no gallery.
+    images, results, details = {None: None}, {}, []
+    for flag_name, task in tasks.items():
+        if isinstance(model, RankedLists) and not isinstance(task, Pairs):
+            print(f"note: {name}: --{flag_name} is left out, since ranked lists have no features",
+                  file=sys.stderr)
+            continue
+        if task.gallery not in images:
+            images[task.gallery] = embed_images(model, task.gallery, cfg)
+        results |= task.measure(model, images[task.gallery], cfg)
+        if isinstance(task, Pairs):
+            details = [{"model": name, **record} for record in task.details]
+    if not results:
+        raise UserError(f"{name}: nothing to measure")
+    names = {gallery: encoded.names for gallery, encoded in images.items() if encoded}
+    return results, names, details
+
+
+def differences(results: dict, base: dict, seed: int) -> dict:
+    """Estimates of the differences, query by query: their intervals are far narrower than the
+    models' own, since a query that is hard for one is hard for both."""
+    scores = {}
+    for name, value in results.items():
+        # Lists may be shorter than a model's, so that they lack some of its metrics.
+        if isinstance(value, Values) and name in base:
+            scores[name] = Values(value.values - base[name].values, value.groups)
+    return estimate(scores, seed, of_differences=True)
+
+
 def main(argv=None):
     """Measures every model, prints a table and JSON, then writes the files that are asked for."""
     cfg = parse_config(EvalConfig, argv)
-    check_flags(cfg)
-    models = cfg.models or ["runs/emoji-align"]
-    require(cfg.models or Path(models[0]).exists(),
-            f"no model given, and no {models[0]} yet: run `python paraclip.py` first")
-    labels = cfg.labels or short_names(models)
-    require(len(labels) == len(models), f"--labels: {len(labels)} names for {len(models)} models")
-    for label in labels:
-        require(labels.count(label) == 1, f"{label}: two models have this name: give each model "
-                "once, or a different name for each with --labels")
-
-    # Vectors, lists, and names of files and of Hugging Face models are checked now, not when other
-    # models have been measured.
-    files = {}
-    for name in models:
-        if name.endswith((".jsonl", ".npz")):
-            files[name] = open_model(name, cfg)
-        elif not is_model_file(name) and not is_checkpoint(name):
-            with hugging_face_errors(name):
-                AutoConfig.from_pretrained(name, trust_remote_code=False)
-        for flag_name in ("precision", "device"):
-            is_given = getattr(cfg, flag_name) != getattr(EvalConfig(), flag_name)
-            if is_given and (name in files or is_model_file(name)):
-                print(f"note: {name}: --{flag_name} has no effect on it", file=sys.stderr)
+    if not cfg.models and not Path(DEFAULT_MODEL).exists():
+        raise UserError(f"no model given, and no {DEFAULT_MODEL} yet: run `python paraclip.py` "
+                        "first")
+    models = cfg.models = cfg.models or [DEFAULT_MODEL]
     choose_benchmark(cfg)
-    tasks = [task(cfg) for task in TASKS if getattr(cfg, task.flag)]
-    galleries = {task.gallery: task.items for task in tasks if task.gallery == "zeroshot"}
-    if cfg.images:
-        galleries["images"] = read_gallery(cfg, tasks)
+    check_flags(cfg)
+    labels = cfg.labels or short_names(models)
+    if len(labels) != len(models) or len(set(labels)) < len(labels):
+        raise UserError(f"{len(models)} models are called {labels}: give each model once, or a "
+                        "different name for each with --labels")
+    baseline = cfg.baseline or labels[0]
+    if baseline not in labels:
+        raise UserError(f"--baseline {baseline}: expected one of {labels}")
+    tasks = choose_tasks(cfg)
     # On CUDA, convolutions would otherwise round fp32 to TF32.
     torch.backends.cudnn.allow_tf32 = False
 
+    measured, failures = {}, []
+    for name, label in zip(models, labels):
+        try:
+            model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
+            measured[label] = measure_model(name, model, tasks, cfg)
+        except Exception as error:
+            # One model does not cost the others' numbers.
+            if len(models) == 1:
+                raise
+            if not isinstance(error, (UserError, OSError)):
+                traceback.print_exc()
+            failures.append(f"{name}: {error}".replace(f"{name}: {name}", name))
+        # The next model may need the memory.
+        model = None
+
     reports, columns, details = [], [], {}
     for name, label in zip(models, labels):
-        model = files.get(name) or open_model(name, cfg)
-        images, image_names, results = {}, {}, {}
-        for gallery, items in galleries.items():
-            images[gallery] = embed_images(model, items, cfg)
-            image_names[gallery] = images[gallery].names
-        for task in tasks:
-            if isinstance(model, RankedLists) and not isinstance(task, Pairs):
-                print(f"note: {name}: --{task.flag} is left out, since ranked lists have no "
-                      "features", file=sys.stderr)
-                continue
-            results |= task.measure(model, images.get(task.gallery), cfg)
-            if isinstance(task, Pairs):
-                pairs = task
-                details[label] = [{"model": name, **record} for record in task.details]
-        require(results, f"{name}: nothing to measure")
-        # The next model may need the memory.
-        del model
-        estimates = estimate(results, cfg.seed)
-        reports.append({"model": name, **to_json(estimates)})
-        columns.append(Column(label, estimates, ""))
-        if len(reports) == 1:
-            base, base_names = results, image_names
-        elif image_names == base_names:
-            # Query by query: this interval is far narrower than the models' own, since a query that
-            # is hard for one is hard for both.
-            scores = {}
-            for key, value in results.items():
-                if isinstance(value, Scores) and key in base:
-                    scores[key] = Scores(value.values - base[key].values, value.groups)
-            # Two models may have no metric in common, as where one of them is a file of lists.
-            if scores:
-                difference = estimate(scores, cfg.seed)
-                reports[-1]["diff"] = to_json(difference)
-                columns.append(Column(f"minus {labels[0]}", difference, "+"))
-        else:
-            print(f"note: {name} and {models[0]} can read different images, so their difference is "
+        if label not in measured:
+            continue
+        results, image_names, details[label] = measured[label]
+        found = estimate(results, cfg.seed)
+        reports.append({"model": name, **to_json(found)})
+        columns.append(Column(label, found))
+        if label == baseline or baseline not in measured:
+            continue
+        base, base_names, _ = measured[baseline]
+        if any(base_names.get(gallery, names) != names for gallery, names in image_names.items()):
+            print(f"note: {label} and {baseline} can read different images, so their difference is "
                   "left out", file=sys.stderr)
+        elif found := differences(results, base, cfg.seed):
+            reports[-1]["diff"] = to_json(found)
+            columns.append(Column(f"minus {baseline}", found, is_difference=True))
 
-    # Printed first, so that a file that cannot be written does not cost the results.
-    print_table(columns, cfg.markdown)
-    print(json.dumps(reports), flush=True)
-    if cfg.json:
-        with atomic_write(cfg.json) as file:
-            file.write(json.dumps(reports, indent=1).encode() + b"\n")
-    if cfg.details:
-        with atomic_write(cfg.details) as file:
-            for record in itertools.chain(*details.values()):
-                file.write(json.dumps(record).encode() + b"\n")
-    if cfg.figure:
-        from demo.figure import draw_pair
-        headline = {}
-        for label, records in details.items():
-            headline[label] = [records[i] for i in pairs.subsets[()]]
-        draw_pair(cfg.figure, galleries["images"], headline, pairs.k)
-    if cfg.summary:
-        from demo.figure import draw_summary
-        draw_summary(cfg.summary, dict(zip(labels, reports)))
+    if reports:
+        # Printed first, so that a file that cannot be written does not cost the results.
+        print_table(columns)
+        print(json.dumps(reports), flush=True)
+        lines = map(json.dumps, itertools.chain(*details.values()))
+        for path, text in ((cfg.json, json.dumps(reports, indent=1)),
+                           (cfg.details, "\n".join(lines))):
+            if path:
+                with atomic_write(path) as file:
+                    file.write(f"{text}\n".encode())
+        pairs = tasks.get("pairs", tasks.get("query"))
+        if cfg.figure:
+            from demo.figure import draw_pairs
+            draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details, pairs.k,
+                       open_image)
+        if cfg.report:
+            from demo.report import write_report
+            write_report(cfg.report, [column.header for column in columns], table_of(columns),
+                         reports, pairs.gallery.images, details, pairs.k, open_image,
+                         cfg.report_pairs)
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 if __name__ == "__main__":

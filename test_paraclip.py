@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gzip
 import io
 import json
 import math
@@ -53,8 +54,9 @@ import paraclip
 from common import distributed, run_folder
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import rank_and_world_size
-from common.files import atomic_write
+from common.files import atomic_write, cache_folder
 from data import BadSample, Batch, Sample, ShardIndex, collate
+from demo import edits
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
 
 HERE = Path(__file__).parent
@@ -741,13 +743,16 @@ def samples_of(index: ShardIndex) -> list[tuple[str, bytes]]:
     return [(index.captions(i)[0], index.image(i)) for i in range(len(index))]
 
 
-def test_find_shards_understands_every_spelling(tmp_path):
+def test_find_shards_understands_every_spelling(tmp_path, capsys):
     folder = write_shards(tmp_path, [1, 1, 1])
-    shards = [tmp_path / f"0000{i}.tar" for i in range(3)]
+    shards = [f"{tmp_path}/0000{i}.tar" for i in range(3)]
     for name in (folder, f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
         assert data.find_shards(name) == shards
     joined = f"{folder}/00002.tar::{folder}/{{00000..00001}}.tar"
     assert data.find_shards(joined) == [shards[2], shards[0], shards[1]]
+    # A shard that is named twice would be its own negative.
+    assert data.find_shards(f"{folder}::{folder}/../{tmp_path.name}/00001.tar") == shards
+    assert "names 1 of its shards twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("members", [
@@ -755,10 +760,44 @@ def test_find_shards_understands_every_spelling(tmp_path):
     {"k.txt": b"\xef\xbb\xbf c\n", "k.png": JPEG},
     {"k.webp": JPEG, "k.cls": b"3", "k.json": b'{"caption": "c"}'},
     {"k.jpg": JPEG, "k.json": b'{"caption": "x"}', "k.txt": b"c"},
-    {"x/k.v2.jpg": JPEG, "x/k.v2.txt": b"c"}],
-    ids=["capital letters", "caption first", "json", "both", "dots and folders"])
+    {"x/k.v2.jpg": JPEG, "x/k.v2.txt": b"c"},
+    {"k.jpg": JPEG, "k.txt": b"\n", "k.json": b'{"caption": "c"}'},
+    {"k.jpg": JPEG, "k.txt": b"['c', 'd']", "k.json": b'{"caption": ["c", "d"]}'},
+    {"k.gif": JPEG, "k.metadata.json": b"{}", "k.txt": b"c"},
+    {"k.jpg": JPEG, "k.txt": b"c", "._k.jpg": b"x", "._k.txt": b"x"},
+    {"k.jpg": JPEG, "other.cls": b"", "k.txt": b"c"}],
+    ids=["capital letters", "caption first", "json", "both", "dots and folders", "empty text",
+         "list", "member between", "macOS", "apart"])
 def test_image_and_caption_share_a_key(tmp_path, members):
-    assert samples_of(index_of(tmp_path, members)) == [("c", JPEG)]
+    index = index_of(tmp_path, members)
+    assert samples_of(index) == [("c", JPEG)] and index.skipped == {}
+
+
+A, B, C = [image_bytes(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("members, samples, skipped", [
+    # The first 2.jpg has lost its caption.
+    ([("1.jpg", A), ("1.txt", b"A"), ("2.jpg", B), ("1.jpg", B), ("1.txt", b"B"), ("2.jpg", C),
+      ("2.txt", b"C")], [("A", A), ("B", B), ("C", C)], {"no caption": 1}),
+    ([("1.jpg", A), ("2.jpg", B), ("1.txt", b"A"), ("2.txt", b"B")], [("A", A), ("B", B)], {}),
+    ([("1.jpg", A), ("2.jpg", B), ("1.txt", b"A"), ("3.txt", b"C"), ("1.jpg", C), ("3.jpg", C),
+      ("1.txt", b"C"), ("2.txt", b"B")], [("B", B), ("C", C)], {"no caption": 2, "no image": 2}),
+    ([("1.jpg", A), ("1.jpg", B), ("1.txt", b"B"), ("2.jpg", C), ("2.txt", b"C")], [("C", C)],
+     {"duplicate key": 1})], ids=["joined", "apart", "apart and joined", "neighbours"])
+def test_no_image_takes_anothers_caption(tmp_path, members, samples, skipped):
+    index = ShardIndex(str(write_tar(tmp_path / "0.tar", members)))
+    assert samples_of(index) == samples and index.skipped == skipped
+
+
+def test_captions_come_from_any_field(tmp_path):
+    record = b'{"caption": ["a", "b"], "recaption": "c", "key": "1"}'
+    path = index_of(tmp_path, {"1.jpg": A, "1.txt": b"text", "1.json": record}).shards[0]
+    assert ShardIndex(path).captions(0) == ["text"]
+    cfg = parse_config(Config, ["--data", path, "--caption-key", "recaption", "caption"])
+    assert paraclip.open_index(cfg).captions(0) == ["c", "a", "b"]
+    with pytest.raises(UserError, match="a field TEXT; fields seen: caption, key, recaption"):
+        ShardIndex(path, caption_keys=["caption", "TEXT"])
 
 
 @pytest.mark.parametrize("name, content, captions", [
@@ -773,17 +812,20 @@ def test_captions_are_cleaned_and_cut(tmp_path, name, content, captions):
 
 @pytest.mark.parametrize("members, reason", [
     ({"a.jpg": JPEG}, "no caption"),
-    ({"a.jpg": JPEG, "a.json": b" " * (2 << 20)}, "no caption"),
+    ({"a.jpg": JPEG, "a.json": b" " * (2 << 20)}, "empty or too large member, or a link"),
+    ({"a.jpg": b"", "a.txt": b"a"}, "empty or too large member, or a link"),
     ({"a.txt": b"a", "a.json": b"{}"}, "no image"),
-    ({"00000.png": JPEG}, "duplicate key"),
-    ({"a.jpg": JPEG, "a.txt": b" \n\t "}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b'{"caption": ["", " "]}'}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b'["caption"]'}, "empty or broken caption"),
-    ({"a.jpg": JPEG, "a.json": b"[" * 99_999}, "empty or broken caption")])
+    ({"a.jpg": JPEG, "a.txt": b" \n\t "}, "empty caption"),
+    ({"a.jpg": JPEG, "a.json": b'{"caption": ["", " "]}'}, "empty caption"),
+    ({"a.jpg": JPEG, "a.json": b'{"text": "a"}'}, "no caption in .json"),
+    ({"a.jpg": JPEG, "a.json": b'["caption"]'}, "broken .json"),
+    ({"a.jpg": JPEG, "a.json": b"[" * 99_999}, "broken .json"),
+    ({"a.jpg": JPEG, "a.txt": b"['a', 'b']"},
+     "a list in Python's notation in .txt, see --caption-key")])
 def test_a_bad_sample_is_counted(tmp_path, members, reason):
     path = write_tar(tmp_path / "0.tar", sample(0) + [*members.items()] + sample(1))
     index = ShardIndex(str(path))
-    assert index.skipped == {reason: 1}
+    assert index.skipped == {reason: 1} and index.examples == {reason: "a in 0.tar"}
     assert samples_of(index) == GOOD[:2]
 
 
@@ -809,6 +851,40 @@ def test_a_broken_shard_gives_its_beginning(tmp_path, kept_bytes, end, reason):
     index = ShardIndex(str(tmp_path))
     assert index.skipped == {reason: 1}
     assert samples_of(index) == [GOOD[0], GOOD[9]]
+
+
+def test_a_compressed_shard_is_called_that(tmp_path):
+    path = Path(write_shards(tmp_path, [1, 1])) / "00001.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert ShardIndex(str(tmp_path)).skipped == {"compressed shard, to be unpacked first": 1}
+
+
+def with_checksum(header: bytes) -> bytes:
+    header = header[:148] + b" " * 8 + header[156:]
+    return header[:148] + b"%06o\0 " % sum(header) + header[156:]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_common_archives_are_read_without_tarfile(tmp_path, format):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for i, name in enumerate(["x", "x/1.jpg", "x/1.txt", "x/2.jpg"]):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.REGTYPE if i else tarfile.DIRTYPE
+            info.mtime, info.size = 1e9 + i // 2 * 0.5, i and 511 + i
+            tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with tarfile.open(path) as tar, open(path, "rb") as file:
+        expected = [(member.name, member.offset_data, member.size) for member in tar][1:]
+        assert data.list_plain(file) == expected == list(data.list_any(file))
+
+
+def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
+    info = tarfile.TarInfo("1.jpg")
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "0.tar"
+    path.write_bytes(with_checksum(header[:345] + b"14711223355\0" + header[357:]) + bytes(1024))
+    with open(path, "rb") as file:
+        assert data.list_plain(file) == [("1.jpg", 512, 0)]
 
 
 def test_a_sparse_member_ends_no_shard(tmp_path):
@@ -842,8 +918,9 @@ def test_a_passing_fault_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr("builtins.open", failing_open)
         index = ShardIndex(folder)
     assert len(index) == 3 and len(ShardIndex(folder, workers=2)) == 8
-    # Who still uses the former index has its own table.
-    assert index.captions(0) == [sentence(5)]
+    # Who still uses the former index has its own table, but on disk there is only the latter.
+    assert index.captions(0) == [sentence(5)] and len(index) == 3
+    assert len(list(cache_folder().glob("**/rows"))) == 1
 
 
 def test_an_interrupted_index_is_begun_anew(tmp_path, monkeypatch):
@@ -893,8 +970,9 @@ def test_the_index_follows_a_replaced_shard(tmp_path):
 
 
 def test_a_set_without_samples_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no .tar file at"):
-        ShardIndex(f"{tmp_path}/*.tar")
+    (tmp_path / "list.csv").write_text("url,caption")
+    with pytest.raises(UserError, match="no .tar file at .*{'.csv': 1}"):
+        ShardIndex(str(tmp_path))
     with pytest.raises(UserError, match=r"'no caption': 1.*'jpg': 1"):
         index_of(tmp_path, {"a.jpg": JPEG})
 
@@ -1179,8 +1257,17 @@ def test_closing_read_ahead_ends_its_thread_and_the_workers(tmp_path):
 
 
 def test_the_inspection_reports_a_set(tmp_path, capsys):
-    write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
-    report = last_json(capsys, data, tmp_path, "--workers", 0)
+    path = write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
+    with tarfile.open(path) as tar:
+        byte = tar.getmember("00001.jpg").offset_data
+    call(data, tmp_path, "--workers", 0)
+    *lines, report = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "1 samples in 1 shards",
+        "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
+        "left out: 1 x no caption, such as b in 0.tar",
+        f"left out: 1 x broken image, such as byte {byte} of {path}"]
+    report = json.loads(report)
     assert report.pop("images_per_s") > 0
     assert report == {"shards": 1, "samples": 1, "keys": {"jpg": 3, "txt": 2},
                       "skipped": {"no caption": 1, "broken image": 1}}
@@ -1219,6 +1306,40 @@ FUZZ = pytest.mark.parametrize("seed", range(FUZZ_SEED, FUZZ_SEED + FUZZ_CASES))
 
 
 @FUZZ
+def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path, seed):
+    rng, path = random.Random(seed), tmp_path / "0.tar"
+    formats = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+    content, blocks = b"", []
+    for i in range(rng.randrange(1, 6)):
+        info = tarfile.TarInfo(f"{i}.jpg")
+        info.size, info.mtime = rng.randrange(1500), rng.choice([1e9, 1e9 + 0.5])
+        header = info.tobuf(rng.choice(formats))
+        blocks += range(len(content), len(content) + len(header), 512)
+        content += header + bytes(-(-info.size // 512) * 512)
+    content += bytes(1024)
+    for _ in range(rng.randrange(3)):
+        # A field of a header, or all of it, filled with what might stand there.
+        start, field = rng.choice(blocks), rng.choice([(0, 99), (124, 12), (156, 1), (257, 8),
+                                                       (345, 9), (0, 40), (148, 8)])
+        junk = rng.choices(b"00017 x\0\0-_5DSgLK=\n\xff", k=rng.randint(1, field[1]))
+        at = start + field[0] + rng.randrange(field[1] - len(junk) + 1)
+        header = (content[:at] + bytes(junk) + content[at + len(junk):])[start:start + 512]
+        if rng.random() < 0.8:
+            header = with_checksum(header)
+        content = content[:start] + header + content[start + 512:]
+    if rng.random() < 0.2:
+        content = damage(content, rng)
+    path.write_bytes(content)
+    with open(path, "rb") as file, contextlib.suppress(ValueError):
+        # What is unusual raises a ValueError.
+        plain = data.list_plain(file)
+        try:
+            assert plain == list(data.list_any(file))
+        except ValueError:
+            raise AssertionError("tarfile refuses it")
+
+
+@FUZZ
 def test_damaged_shards_are_survived(tmp_path, seed):
     captions, images = dict(GOOD), [image for _, image in GOOD]
     rng = random.Random(seed)
@@ -1232,6 +1353,131 @@ def test_damaged_shards_are_survived(tmp_path, seed):
             assert captions[caption] == image
         with contextlib.suppress(BadSample):
             data.decode_image(image)
+
+
+# ---- demo/ ---------------------------------------------------------------------------------------
+# Ten captions, each with the edits that were made of it by hand.
+EDITS_BY_HAND = """
+A brown dog lies to the left of two white bowls .
+= letter case: A BROWN DOG LIES TO THE LEFT OF TWO WHITE BOWLS .
+= final period: A brown dog lies to the left of two white bowls
+= article: The brown dog lies to the left of two white bowls .
+= typing error: A borwn dog lies to the left of two white bowls .
+! colour: A black dog lies to the left of two white bowls .
+! number: A brown dog lies to the left of four white bowls .
+! noun: A brown cat lies to the left of two white bowls .
+! side: A brown dog lies to the right of two white bowls .
+! negation: No brown dog lies to the left of two white bowls .
+A bench with a red cushion, above it two red lamps
+= letter case: A BENCH WITH A RED CUSHION, ABOVE IT TWO RED LAMPS
+= final period: A bench with a red cushion, above it two red lamps.
+= article: The bench with a red cushion, above it two red lamps
+= a photo of: a photo of a bench with a red cushion, above it two red lamps
+= typing error: A bench with a red cuhsion, above it two red lamps
+! colour: A bench with a blue cushion, above it two blue lamps
+! number: A bench with a red cushion, above it four red lamps
+! side: A bench with a red cushion, below it two red lamps
+! negation: No bench with a red cushion, above it two red lamps
+A WOMAN IN AN ORANGE COAT
+= letter case: a woman in an orange coat
+= final period: A WOMAN IN AN ORANGE COAT.
+= article: THE WOMAN IN AN ORANGE COAT
+= a photo of: A PHOTO OF A WOMAN IN AN ORANGE COAT
+= typing error: A WOMAN IN AN ORNAGE COAT
+! person: A MAN IN AN ORANGE COAT
+! negation: NO WOMAN IN AN ORANGE COAT
+Two men are riding horses that are on the beach
+= letter case: TWO MEN ARE RIDING HORSES THAT ARE ON THE BEACH
+= final period: Two men are riding horses that are on the beach.
+= typing error: Two men are riidng horses that are on the beach
+! number: Four men are riding horses that are on the beach
+! noun: Two men are riding cows that are on the beach
+! person: Two women are riding horses that are on the beach
+! negation: Two men are not riding horses that are on the beach
+Man with a hot dog and a cat's toy
+= letter case: MAN WITH A HOT DOG AND A CAT'S TOY
+= final period: Man with a hot dog and a cat's toy.
+= article: Man with the hot dog and a cat's toy
+! noun: Man with a sandwich and a cat's toy
+! person: Woman with a hot dog and a cat's toy
+The man who is here holds his surfboard.
+= letter case: THE MAN WHO IS HERE HOLDS HIS SURFBOARD.
+= final period: The man who is here holds his surfboard
+= typing error: The man who is here holds his surbfoard.
+! noun: The man who is here holds his skateboard.
+! negation: No man who is here holds his surfboard.
+A black and white photo of buses
+= letter case: A BLACK AND WHITE PHOTO OF BUSES
+= final period: A black and white photo of buses.
+= article: The black and white photo of buses
+= typing error: A balck and white photo of buses
+! noun: A black and white photo of trains
+! negation: No black and white photo of buses
+There is no boy on the swing.
+= letter case: THERE IS NO BOY ON THE SWING.
+= final period: There is no boy on the swing
+= typing error: Tehre is no boy on the swing.
+! person: There is no girl on the swing.
+A couple of boys and girls on a two-way street!
+= letter case: A COUPLE OF BOYS AND GIRLS ON A TWO-WAY STREET!
+= article: A couple of boys and girls on the two-way street!
+= a photo of: a photo of a couple of boys and girls on a two-way street!
+= typing error: A copule of boys and girls on a two-way street!
+Grüne buffalo
+= letter case: GRÜNE BUFFALO
+= final period: Grüne buffalo.
+= typing error: Grüne bufaflo
+"""
+
+
+def pairs_by_hand() -> list[dict]:
+    pairs, caption = [], ""
+    for line in EDITS_BY_HAND.strip().splitlines():
+        if line[:2] not in ("= ", "! "):
+            caption = line
+            continue
+        kind, text = line[2:].split(": ")
+        pairs.append({"query": caption, "paraphrase": text, "kind": kind})
+        if line[0] == "!":
+            pairs[-1]["same"] = False
+    return pairs
+
+
+def edit_pairs(path, text, capsys) -> list[dict]:
+    path.write_text(text)
+    edits.main([str(path)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_edits_of_ten_captions_are_those_made_by_hand(tmp_path, capsys):
+    by_hand = pairs_by_hand()
+    captions = list(dict.fromkeys(pair["query"] for pair in by_hand))
+    text = "\n".join(captions)
+    assert len(captions) == 10
+    assert edit_pairs(tmp_path / "lines.txt", text, capsys) == by_hand
+    # A caption's pairs depend on nothing else in the file.
+    backwards = edit_pairs(tmp_path / "lines.txt", "\n\n".join(captions[::-1] * 2), capsys)
+    assert sorted(map(str, backwards)) == sorted(map(str, by_hand))
+
+
+@pytest.mark.parametrize("text", [
+    '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],\n'
+    ' "annotations": [{"image_id": 8, "caption": " Ash\\n"}, {"image_id": 7, "caption": "Elm"},'
+    ' {"image_id": 8, "caption": "Ash"}]}',
+    '{"caption": "Ash", "image": "b.jpg"}\n{"captions": ["Elm", ""], "file_name": "a.jpg"}\n'])
+def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
+    pairs = edit_pairs(tmp_path / "captions.json", text, capsys)
+    assert [(pair["query"], pair["paraphrase"], pair["image"]) for pair in pairs] == [
+        ("Ash", "ASH", "b.jpg"), ("Ash", "Ash.", "b.jpg"),
+        ("Elm", "ELM", "a.jpg"), ("Elm", "Elm.", "a.jpg")]
+
+
+@pytest.mark.parametrize("text", ["", ". .\n", '{"text": "Ash"}', '{"caption": 1}',
+                                  '{"caption": [1]}'])
+def test_files_without_captions_make_no_pairs(tmp_path, text):
+    (tmp_path / "captions.json").write_text(text)
+    with pytest.raises(UserError, match="captions.json: (expected COCO|there is no caption)"):
+        edits.main([str(tmp_path / "captions.json")])
 
 
 # ---- paraclip.py: towers -------------------------------------------------------------------------
@@ -1453,6 +1699,164 @@ def test_a_model_loads_with_a_moved_language_model(memorized, lm, tmp_path):
         load_model(tmp_path / "small.pt")
     model = load_model(tmp_path / "small.pt", lm=lm)
     assert torch.equal(model.encode_text([SHORT]), load_model(memorized).encode_text([SHORT]))
+
+
+TINY_TEXT = SIZES | dict(vocab_size=48)
+TINY_VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                   num_attention_heads=2, image_size=32, patch_size=16)
+PARTS = {
+    # Several modalities: a language model of its own, whose width the outer configuration lacks.
+    "llava": dict(text_config=TINY_TEXT | {"model_type": "llama"},
+                  vision_config=TINY_VISION | {"model_type": "clip_vision_model"}),
+    # Encoders and decoders.
+    "t5": dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2),
+    "bart": dict(d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+                 decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48),
+    # Two towers.
+    "clip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=24),
+    "siglip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PARTS)
+def test_the_text_part_alone_has_the_whole_models_states(tmp_path, kind):
+    model = build(write_lm(tmp_path, kind, **PARTS[kind]), text="frozen")
+    tokens = model.tokenize([SHORT])
+    whole = transformers.AutoModel.from_pretrained(tmp_path)
+    if kind in ("clip", "siglip"):
+        states = whole(**tokens, pixel_values=torch.zeros(1, 3, 32, 32)).text_model_output[0]
+    elif kind == "llava":
+        states = whole(**tokens).last_hidden_state
+    else:
+        output = whole(**tokens, decoder_input_ids=tokens["input_ids"])
+        states = output.encoder_last_hidden_state
+    assert torch.allclose(model.text_tower.lm_states(tokens), states, atol=1e-6)
+    assert model.text_tower.width == states.shape[-1] == 32
+    # Nothing else is kept.
+    count = sum(p.numel() for p in model.text_tower.lm.parameters())
+    assert count < sum(p.numel() for p in whole.parameters())
+
+
+def test_only_the_text_parts_weights_must_be_there(tmp_path):
+    """Of T5, many publish the encoder alone."""
+    lm = write_lm(tmp_path, "t5", **PARTS["t5"])
+    whole = transformers.AutoModel.from_pretrained(lm)
+    transformers.T5EncoderModel.from_pretrained(lm).save_pretrained(lm)
+    weights = build(lm).text_tower.lm.state_dict()
+    assert same(weights, whole.encoder.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(UserError, match="lack encoder.block.2"):
+        build(lm)
+
+
+class Leaking(torch.nn.Module):
+    """Token states with a fault that shows beside some captions only."""
+
+    def __init__(self, shows):
+        super().__init__()
+        self.embeddings, self.shows = torch.nn.Embedding(99, 8), shows
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask):
+        states = self.embeddings(input_ids).cumsum(dim=1)
+        if self.shows(*input_ids.shape):
+            states = states + 0.01 * states.roll(1, dims=0)
+        return Namespace(last_hidden_state=states)
+
+
+@pytest.mark.parametrize("shows", [
+    pytest.param(lambda B, T: B == 2 and T == 4, id="of one length"),
+    pytest.param(lambda B, T: B == 2 and 4 < T < 20, id="a little longer"),
+    pytest.param(lambda B, T: B == 2 and T > 20, id="full length")])
+def test_states_that_depend_on_neighbours_are_refused(lm, shows):
+    tokenizer = build(lm).text_tower.tokenizer
+    with pytest.raises(ValueError, match="beside it"):
+        paraclip.check_lm(Leaking(shows), tokenizer, tolerance=1e-3)
+    paraclip.check_lm(Leaking(lambda B, T: False), tokenizer, tolerance=1e-3)
+
+
+def test_a_model_that_fails_in_bf16_alone_is_refused(tmp_path, monkeypatch):
+    # Its positions are fp32, and so are their sums with bf16 states.
+    sizes = dict(d_model=32, num_layers=2, attention_heads=2, ffn_dim=48)
+    cfg = Config(**TINY | dict(lm=write_lm(tmp_path, "xglm", **sizes), precision="bf16"))
+    # Only on a GPU are a frozen model's weights cast.
+    monkeypatch.setattr(distributed, "ON_GPU", True)
+    with pytest.raises(UserError, match="in bf16: .*--precision fp32"):
+        paraclip.build(cfg, torch.device("cpu"))
+
+
+def test_weights_without_gradient_are_frozen_and_counted(tmp_path):
+    # Longformer has projections for global attention, which captions do not use.
+    lm = write_lm(tmp_path, "longformer", attention_window=4)
+    tower = build(lm, text="finetune").text_tower
+    frozen = [name for name, p in tower.lm.named_parameters() if not p.requires_grad]
+    assert frozen and all("_global." in name for name in frozen)
+    assert f"; {len(frozen)} weights" in tower.describe()
+    assert "weights" not in build(lm, text="frozen").text_tower.describe()
+
+
+def test_weights_that_only_some_captions_use_cannot_be_trained(tmp_path):
+    sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                 num_sparse_encoder_layers=2, num_experts=8)
+    lm = write_lm(tmp_path, "switch_transformers", **sizes)
+    build(lm, text="frozen")
+    with pytest.raises(UserError, match="depends on the caption"):
+        build(lm, text="finetune")
+
+
+def write_pooling(folder: str, config: dict, *further: str):
+    """What sentence-transformers saves beside a language model."""
+    kinds = ["Transformer", "Pooling", *further]
+    modules = [{"path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+               for i, kind in enumerate(kinds)]
+    (Path(folder) / "1_Pooling").mkdir(exist_ok=True)
+    (Path(folder) / "1_Pooling/config.json").write_text(json.dumps(config))
+    (Path(folder) / "modules.json").write_text(json.dumps(modules))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config, pool, pick", [
+    (None, "mean", lambda states: states.mean(dim=0)),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True},
+     "first", lambda states: states[0]),
+    ({"pooling_mode": "lasttoken", "include_prompt": True}, "last", lambda states: states[-1]),
+    ({"pooling_mode": "max"}, "max", lambda states: states.amax(dim=0))])
+def test_the_models_own_pooling_is_read_and_kept(lm, tmp_path, config, pool, pick):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    if config:
+        write_pooling(folder, config, "Normalize")
+    cfg = Config(**TINY | dict(lm=str(folder), pool="model", text="frozen"))
+    assert cfg.pool == pool
+    model = ParaCLIP(cfg)
+    states = model.text_tower.lm(**model.tokenize([SHORT])).last_hidden_state[0]
+    expected = F.normalize(model.text_proj(pick(states)), dim=-1)
+    assert torch.allclose(model.encode_text([LONG, SHORT])[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("config, further, cause", [
+    ({"pooling_mode_weightedmean_tokens": True}, [], "weightedmean"),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, [], "cls[+]mean"),
+    ({"pooling_mode": "mean"}, ["Dense", "Normalize"], "mean, then Dense")])
+def test_a_pooling_that_is_not_ours_is_refused(lm, tmp_path, config, further, cause):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    write_pooling(folder, config, *further)
+    with pytest.raises(UserError, match=cause):
+        Config(**TINY | dict(lm=str(folder), pool="model"))
+
+
+def test_a_run_begins_with_the_tokens_of_a_caption(lm, tmp_path, capsys):
+    train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", steps=2)
+    assert "'a dog' is [CLS] a dog [SEP]\n" in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_asked_for_its_mask(lm, tmp_path):
+    folder = shutil.copytree(lm, tmp_path / "lm")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["model_input_names"] = ["input_ids"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert torch.equal(build(str(folder)).encode_text([SHORT]), build(lm).encode_text([SHORT]))
 
 
 # ---- paraclip.py: what a GPU does differently, on a CPU ------------------------------------------
@@ -1943,13 +2347,14 @@ def test_readmes_python_block_runs(memorized):
     assert names["best"].shape == (2, 5)
 
 
-# ---- galleries -----------------------------------------------------------------------------------
+# ---- evaluation: galleries -----------------------------------------------------------------------
 def test_a_gallery_is_a_sorted_folder(tmp_path):
     folder = write_images(tmp_path / "f", "z/a.PNG", "b.jpg", "z/.y.jpg", "ant/sub/c.jpeg",
-                          ".hidden/a.png", "notes.txt")
+                          ".hidden/a.png", "notes.txt", "phone.HEIC", "scan.tif")
     os.symlink(write_images(tmp_path / "far", "a.bmp"), f"{folder}/dog")
     os.symlink(folder, f"{folder}/ant/loop")
-    assert list(ev.list_gallery(folder)) == ["ant/sub/c.jpeg", "b.jpg", "dog/a.bmp", "z/a.PNG"]
+    assert ev.list_gallery(folder).names == [
+        "ant/sub/c.jpeg", "b.jpg", "dog/a.bmp", "phone.HEIC", "scan.tif", "z/a.PNG"]
 
 
 def test_a_gallery_follows_a_replaced_shard(tmp_path):
@@ -1957,39 +2362,54 @@ def test_a_gallery_follows_a_replaced_shard(tmp_path):
         # Without captions.
         write_tar(tmp_path / "new", [("a.jpg", image_bytes(seed))])
         os.replace(tmp_path / "new", tmp_path / "0.tar")
-        image = ev.open_image(ev.list_gallery(tmp_path)["a"])
-        assert np.array_equal(image, decode(image_bytes(seed)))
+        for source in (str(tmp_path), f"{tmp_path}/0.tar", f"{tmp_path}/{{0..0}}.tar"):
+            image = ev.open_image(ev.list_gallery(source).images["a"])
+            assert np.array_equal(image, decode(image_bytes(seed)))
 
 
 def test_equal_keys_of_two_shards_are_counted(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", sample(0) + sample(1))
-    write_tar(tmp_path / "1.tar", sample(1) + sample(2))
-    gallery = ev.list_gallery(tmp_path)
-    assert list(gallery) == ["00000", "00001", "00002"]
-    assert gallery["00001"][0] == f"{tmp_path}/0.tar"
+    write_tar(tmp_path / "1.tar", [("00001.jpg", image_bytes(9))] + sample(2))
+    gallery = ev.list_gallery(str(tmp_path))
+    assert gallery.names == ["00000", "00001", "00002"]
+    assert gallery.images["00001"]() == image_bytes(1)
     assert "{'duplicate key': 1}" in capsys.readouterr().err
 
 
 def test_an_unclear_gallery_is_refused(tmp_path):
     with pytest.raises(UserError, match="no image in it"):
-        ev.list_gallery(tmp_path)
+        ev.list_gallery(str(tmp_path))
     write_tar(tmp_path / "0.tar", sample(0))
     write_images(tmp_path, "a.jpg")
     with pytest.raises(UserError, match="1 images in .tar shards and 1 image files"):
-        ev.list_gallery(tmp_path)
+        ev.list_gallery(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, found", [
+    ("b/1.png", "b/1.png"), ("2.png", "b/2.png"), ("1.png", None), ("val/b/2.png", "b/2.png"),
+    # An accent of its own, as some file systems store it, and a folder that is another one.
+    ("cafe\u0301.png", "caf\u00e9.png"), ("c/2.png", None)])
+def test_images_are_found_by_every_unambiguous_name(name, found):
+    gallery = ev.Gallery(dict.fromkeys(["a/1.png", "b/1.png", "b/2.png", "caf\u00e9.png"]), "x/val")
+    assert gallery.find(name) == found
+    # A part of it knows the same names, also those that would be unique in the part.
+    part = gallery.only(["a/1.png", "val/b/2.png", "caf\u00e9.png"])
+    assert part.names == ["a/1.png", "b/2.png", "caf\u00e9.png"] and part.find(name) == found
 
 
 def test_one_image_never_ends_an_evaluation(tmp_path):
     def preprocess(image):
         if image.size == (1, 1):
             raise MemoryError("odd")
-        return torch.ones(3)
+        return torch.ones(image.width)
 
-    gallery = {"odd": np.zeros((1, 1, 3), np.uint8), "gone": tmp_path / "gone.jpg"}
-    gallery["good"] = np.zeros((2, 2, 3), np.uint8)
-    (indices, images, failed), = ev.image_loader(gallery, preprocess, 8, workers=0)
-    assert indices == [2] and images.tolist() == [[1, 1, 1]]
-    assert failed[0] == (0, "odd") and "gone.jpg" in failed[1][1]
+    sizes = {"odd": 1, "good": 2, "other shape": 3}
+    gallery = {name: functools.partial(np.zeros, (size, size, 3), np.uint8)
+               for name, size in sizes.items()}
+    gallery["gone"] = (tmp_path / "gone.jpg").read_bytes
+    indices, images, failed = ev.collate_images(list(enumerate(gallery.values())), preprocess)
+    assert indices == [1] and images.tolist() == [[1, 1]]
+    assert failed[0] == (0, "odd") and failed[1][0] == 2 and "gone.jpg" in failed[2][1]
 
 
 @FUZZ
@@ -2007,13 +2427,12 @@ def test_damaged_galleries_and_shapes_are_survived(tmp_path, seed):
     path = write_tar(tmp_path / "1.tar", members)
     path.write_bytes(damage(path.read_bytes(), rng))
     write_tar(tmp_path / "2.tar", [("good.jpg", JPEG)])
-    gallery = ev.list_gallery(tmp_path)
-    loader = ev.image_loader(gallery, lambda image: data.center_crop(image, 16), 4, workers=0)
-    rows = []
-    for indices, images, failed in loader:
-        rows += indices + [row for row, reason in failed if reason]
-        assert images is None or images.shape == (len(indices), 3, 16, 16)
-    assert sorted(rows) == list(range(len(gallery))) and "good" in gallery
+    gallery = ev.list_gallery(str(tmp_path))
+    indices, images, failed = ev.collate_images(
+        list(enumerate(gallery.images.values())), lambda image: data.center_crop(image, 16))
+    assert images.shape == (len(indices), 3, 16, 16) and "good" in gallery.names
+    indices += [i for i, reason in failed if reason]
+    assert sorted(indices) == list(range(len(gallery.names)))
 
 
 # ---- evaluation: metrics -------------------------------------------------------------------------
@@ -2055,10 +2474,18 @@ def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randint(2, (23, 4)) - 0.5, torch.randint(2, (57, 4)) - 0.5
     if kind == "nearly equal":
         return torch.randn(23, 4), torch.randn(4) + 1e-7 * torch.randn(57, 4).double()
-    return torch.randn(41, 512), torch.randn(30, 512)[torch.randint(30, (301,))]
+    if kind == "copies":
+        return torch.randn(41, 512), torch.randn(30, 512)[torch.randint(30, (301,))]
+    # So many that candidates are looked for: some alone, some equal, some closer than fp32 tells.
+    gallery = torch.randn(9001, 64).double()
+    gallery[3000:3100] = gallery[0]
+    gallery[6000:8950:3] = gallery[1] + 1e-7 * torch.randn(984, 64)
+    # Three that are equal, not in the order of the blocks; 8960 is the first one behind them.
+    gallery[[70, 500, 7]] = gallery[2].clone()
+    return gallery[[0, 1, 2, 8960]] + 0.01, gallery
 
 
-@pytest.mark.parametrize("kind", ["few", "nearly equal", "copies"])
+@pytest.mark.parametrize("kind", ["few", "nearly equal", "copies", "large"])
 def test_rankings_equal_a_stable_sort(kind):
     queries, gallery = vectors(kind)
     # Sums of integers are exact in any order.
@@ -2066,30 +2493,45 @@ def test_rankings_equal_a_stable_sort(kind):
     g = (F.normalize(gallery.double(), dim=-1) * 2**24).round().long()
     scores = ((q @ g.T).double() / 2**24).round()
     expected = scores.argsort(dim=1, descending=True, stable=True)
-    for chunk, k in ((3, 1), (13, 50)):
-        assert ev.rankings(queries, gallery, k, chunk).tolist() == expected[:, :k].tolist()
+    for k in (1, 50):
+        assert ev.rankings(queries, gallery, k, 5000).tolist() == expected[:, :k].tolist()
+
+
+def test_candidates_are_ranked_exactly_where_they_suffice(monkeypatch):
+    ranked = []
+    monkeypatch.setattr(ev, "rank_exactly", lambda queries, gallery, k: ranked.append(len(queries)))
+    torch.manual_seed(0)
+    with contextlib.suppress(TypeError):
+        ev.rankings(torch.randn(5, 64), torch.randn(9000, 64), 10)
+    assert ranked == [0]
 
 
 @pytest.mark.parametrize("k", [1, 5, 9])
-def test_recall_and_precision_equal_a_loop(k):
+def test_recall_equals_a_loop(k):
     rng = np.random.default_rng(1)
     ranked = np.array([rng.permutation(9) for _ in range(20)])
     correct = [rng.permutation(9)[:1 + i % 3].tolist() for i in range(20)]
-    counts = []
-    for row, items in zip(ranked, correct):
-        counts.append(sum(item in items for item in row[:k]))
-    assert ev.recall_at_k(ranked, correct, k).tolist() == [count > 0 for count in counts]
-    assert ev.precision_at_k(ranked, correct, k).tolist() == [count / k for count in counts]
+    found = [any(item in items for item in row[:k]) for row, items in zip(ranked, correct)]
+    assert ev.recall_at_k(ranked, correct, k).tolist() == found
 
 
 def test_recall_from_images_finds_any_text():
     texts, images = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4)[[1, 0, 3]]
-    # Text 3 shows image 2, which is no text's nearest.
-    correct = [[1], [1], [0], [2]]
-    ranked = ev.rankings(texts, images, 3).numpy()
-    results = ev.retrieval("recall", ranked, texts, images, correct, np.arange(4))
+    # Text 3 shows image 2, which is no text's nearest. Texts 0 and 2 are of one group.
+    found = ev.image_to_text("abcd", texts, images, [[1], [1], [0], [2]], np.array([7, 5, 7, 9]))
     # In the order in which the texts first name the images: 1, 0, 2.
-    assert results["recall", "i2t@1"].values.tolist() == [1, 1, 0]
+    assert found["i2t@1"].values.tolist() == [1, 1, 0]
+    assert found["i2t@1"].groups.tolist() == [7, 7, 9]
+
+
+def test_a_text_that_stands_twice_is_one_candidate():
+    # Text a, thrice, is nearer to image 1 than its own text b.
+    texts, images = torch.tensor([[1, 0.1], [1, 0.1], [1, 0.1], [0, 1.0]]), torch.eye(2)[[0, 0]]
+    found = ev.image_to_text("aaab", texts, images, [[0], [0], [0], [1]], np.arange(4))
+    assert found["i2t@1"].values.tolist() == [1, 0] and found["i2t@5"].values.tolist() == [1, 1]
+    ranked = ev.image_to_text("aaab" * 4, texts.repeat(4, 1), images, [[0], [0], [0], [1]] * 4,
+                              np.arange(16))
+    assert ranked["i2t@5"].values.tolist() == [1, 1]
 
 
 def test_spearman_shares_the_ranks_of_ties():
@@ -2097,11 +2539,33 @@ def test_spearman_shares_the_ranks_of_ties():
     assert ev.spearman([1, 2, 2], [4, 5, 60]) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
 
 
+def test_equal_features_have_exactly_similarity_1():
+    features = torch.randn(300, 96)
+    assert set(ev.similarity(features, 3 * features)) == {1}
+
+
+def test_contrast_by_hand():
+    # The second pair ties in all but the last bit of a sum.
+    assert ev.contrast([0.8, 0.1 + 0.2, 0.1], [0.5, 0.3, 0.3]).tolist() == [1, 0.5, 0]
+
+
 def test_interval_is_as_wide_as_normal():
     values = np.random.default_rng(0).random(400)
     low, high = ev.bootstrap_ci(values)
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.06)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.1 * (high - low))
+
+
+def test_interval_of_all_or_none_is_exact():
+    def interval(value, groups, of_differences=False):
+        scores = {("ao",): ev.Values(np.full(len(groups), value), np.array(groups))}
+        return ev.estimate(scores, 0, of_differences)["ao",].interval
+
+    exact = scipy.stats.binomtest(20, 20).proportion_ci(0.95, "exact")
+    assert interval(1.0, range(20)) == pytest.approx((exact.low, 1))
+    assert interval(0.0, range(20)) == pytest.approx((0, 1 - exact.low))
+    assert interval(0.0, range(20), of_differences=True) == (0, 0)
+    assert interval(1.0, [3, 3]) is None
 
 
 def test_interval_of_equal_values_is_exact():
@@ -2123,20 +2587,21 @@ def test_grouped_intervals_cover_clustered_data(by_group):
     assert covered >= 54 if by_group else covered <= 48
 
 
-def make_pairs(queries: list[str], images: list[list[str]], groups=(None,) * 50) -> list[dict]:
-    pairs = []
-    for query, names, group in zip(queries, images, groups):
-        pairs.append({"query": query, "paraphrase": "p" + query, "images": names, "group": group})
-    return pairs
+def make_pairs(queries, images, groups=(None,) * 50) -> list:
+    return [ev.Pair(query, "p" + query, tuple(names), group=group)
+            for query, names, group in zip(queries, images, groups)]
 
 
 def test_unrelated_pairs_share_nothing():
     queries = [f"{i // 3}" for i in range(42)]
-    pairs = make_pairs(queries, [[f"a{i % 7}", f"b{i % 5}"] for i in range(42)])
-    partners = ev.unrelated(pairs, 0)
+    pairs = make_pairs(queries, [[f"a{i % 7}"] for i in range(42)])
+    groups = np.arange(42) % 5
+    partners = ev.unrelated(pairs, groups, 0)
     for i, j in enumerate(partners):
-        assert queries[i] != queries[j] and i % 7 != j % 7 and i % 5 != j % 5
+        assert queries[i] != queries[j] and i % 7 != j % 7 and groups[i] != groups[j]
     assert len(set(partners)) > 21
+    # Where all pairs have one query, none is unrelated to another.
+    assert ev.unrelated(make_pairs("aaa", [[], [], []]), np.zeros(3), 0).tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("pairs, groups", [
@@ -2166,8 +2631,9 @@ def test_a_tie_of_triplets_is_a_miss(tmp_path, p1, p2, negative, image, text_onl
         "caption": f"{p1}", "caption2": f"{p2}", "negative_caption": f"{negative}",
         "filename": "x"}))
     cfg = ev.EvalConfig(triplets=[str(tmp_path / "f")])
-    images = ev.Images(["x"], {"x": 0}, VECTORS[[image]])
-    results = ev.Triplets(cfg).measure(BY_NUMBER, images, cfg)
+    gallery = ev.Gallery({"x": None})
+    images = ev.EncodedGallery(gallery, ["x"], VECTORS[[image]])
+    results = ev.Triplets(cfg, gallery).measure(BY_NUMBER, images, cfg)
     assert results["triplets", "f", "text_only"].values == [text_only]
     assert results["triplets", "f", "image_text"].values == [image_text]
 
@@ -2180,45 +2646,127 @@ def test_class_prompts_are_averaged(tmp_path):
     cfg = ev.EvalConfig(zeroshot=str(tmp_path / "z.json"), images="x",
                         templates=str(tmp_path / "prompts"))
     # Class 0 would be nearer by the first prompt alone, or if longer features weighed more.
-    images = ev.Images(["x"], {"x": 0}, torch.tensor([[0.9, 0.3]]))
-    assert ev.ZeroShot(cfg).measure(model, images, cfg)["zeroshot", "top1"].values == [1]
+    gallery = ev.Gallery({"x": None})
+    images = ev.EncodedGallery(gallery, ["x"], torch.tensor([[0.9, 0.3]]))
+    results = ev.ZeroShot(cfg, gallery).measure(model, images, cfg)
+    # Of two classes, the correct one is always among the first five.
+    assert results["zeroshot", "top1"].values == [1] and ("zeroshot", "top5") not in results
+
+
+# ---- evaluation: opposites -----------------------------------------------------------------------
+def words_in_common(texts: list[str]):
+    """Features of texts whose dot product counts the words in common."""
+    vocabulary = sorted({word for text in OPPOSITES.values() for word in text})
+    return torch.tensor([[float(word in OPPOSITES[text]) for word in vocabulary] for text in texts])
+
+
+# Texts and their words: b says the same as a in other words, c the opposite in nearly the same.
+OPPOSITES = {"a": ["x", "y", "z"], "b": ["z", "v", "w"], "c": ["x", "y", "u"]}
+LISTENERS = {
+    "words in common": (words_in_common, 0),
+    "deaf": (lambda texts: torch.ones(len(texts), 9), 0.5),
+    "hears all": (lambda texts: torch.eye(9)[[4 * (text == "c") for text in texts]], 1),
+}
+
+
+@pytest.mark.parametrize("encode_text, expected", LISTENERS.values(), ids=LISTENERS)
+def test_contrast_of_models_built_for_it(tmp_path, encode_text, expected):
+    # b, a: the text in common need not be the query. The last pair shares no text with another.
+    pairs = [("a", "b", True), ("c", "a", False), ("b", "c", False)]
+    lines = [{"query": query, "paraphrase": paraphrase, "same": same, "kind": f"kind {i}"}
+             for i, (query, paraphrase, same) in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    width = encode_text(["a"]).shape[1]
+    gallery = ev.Gallery(dict.fromkeys("0123456789"[:width]))
+    cfg = ev.EvalConfig(pairs=[str(tmp_path / "pairs.jsonl")], k=1)
+    task = ev.Pairs(cfg, gallery)
+    features = torch.eye(width) + torch.eye(width).roll(1, 1) / 2
+    images = ev.EncodedGallery(gallery, gallery.names, features)
+    results = task.measure(Namespace(encode_text=encode_text), images, cfg)
+    assert results["contrast",].values.tolist() == [expected] * 2 or expected == 0
+    # Pairs that change the meaning are no part of AO.
+    assert results["pairs",] == len(results["ao",].values) == 1
+    assert len(results["ao_changed",].values) == 2
+    assert results["changed", "kind 1", "pairs"] == 1
+    assert results["changed", "kind 1", "contrast_pairs"] == 1
+    report = ev.to_json(ev.estimate(results, 0))
+    assert report["contrast_pairs"] == 2 and report["kinds"].keys() == {"kind 0"}
+
+
+def test_contrast_equals_a_loop():
+    rng = random.Random(0)
+    pairs = [ev.Pair(rng.choice("abcdef"), rng.choice("ghijkl"), same=rng.random() < 0.5)
+             for _ in range(40)]
+    expected = []
+    for i, kept in enumerate(pairs):
+        for j, changed in enumerate(pairs):
+            shared = {kept.query, kept.paraphrase} & {changed.query, changed.paraphrase}
+            if kept.same and not changed.same and shared:
+                expected.append([i, j])
+    assert ev.comparisons(pairs).tolist() == expected
 
 
 # ---- evaluation: files ---------------------------------------------------------------------------
 PAIR = {"query": "q", "paraphrase": "p"}
-READ_PAIR = PAIR | {"negative": "", "images": [], "kind": "", "group": None}
 COCO = ('{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "b"}], '
         '"annotations": [{"image_id": 1, "caption": "x"}]}')
+KARPATHY = ('{"images": [{"filename": "a", "split": "test", "sentences": [{"raw": "x"}]}, '
+            '{"filename": "b", "split": "train", "sentences": [{"raw": "y"}]}]}')
 DETAILS = ('{"query": "a", "query_ranking": ["1"], "paraphrase": "b", '
            '"paraphrase_ranking": ["2"]}')
-SUGAR = '[{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}]'
+SUGAR = '{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}'
+SUGAR_PAIR = ev.Pair("q?", "p", ("1",), negative="n")
 CLASSES = '{"classnames": ["x", "y"], "labels": {"a": 1}}'
+QP = ev.Pair("q", "p")
 GOOD_FILES = {
-    "array": (ev.read_pairs, json.dumps([PAIR]), [READ_PAIR]),
-    "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [READ_PAIR] * 2),
-    "sugarcrepe": (ev.read_pairs, SUGAR,
-                   [READ_PAIR | {"query": "q?", "negative": "n", "images": ["1"]}]),
+    "array": (ev.read_pairs, json.dumps([PAIR]), [QP]),
+    "one line": (ev.read_pairs, json.dumps(PAIR), [QP]),
+    "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [QP] * 2),
+    "pairs in csv": (ev.read_pairs, 'kind,Query,paraphrase,same,group\nx,q,"p, ""r""\ns",False,\n',
+                     [ev.Pair("q", 'p, "r"\ns', kind="x", same=False)]),
+    "sugarcrepe": (ev.read_pairs, f"[{SUGAR}]", [SUGAR_PAIR]),
+    "numbered": (ev.read_pairs, f'{{"0": {SUGAR}, "1": {SUGAR}}}', [SUGAR_PAIR] * 2),
     "lists": (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
     "details": (ev.read_lists, DETAILS, {"a": ["1"], "b": ["2"]}),
     "coco": (ev.read_captions, COCO, {"a": ["x"]}),
+    "karpathy": (ev.read_captions, KARPATHY, {"a": ["x"]}),
+    "datasets": (ev.read_captions, '{"file_name": "a", "text": "x"}\n'
+                                   '{"file_name": "b", "captions": ["y", "z"]}',
+                 {"a": ["x"], "b": ["y", "z"]}),
+    "captions of splits": (ev.read_captions, "image,caption,split\na,x,test\nb,y,train\n",
+                           {"a": ["x"]}),
+    "kaggle": (ev.read_captions, 'image,caption\na,"x, y"\na,z\n', {"a": ["x, y", "z"]}),
+    "flickr": (ev.read_captions, "a.jpg#0\tx\na.jpg#1\ty\n", {"a.jpg": ["x", "y"]}),
     "csv": (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
-    "tsv": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n', [("a", '"b', 3.0)]),
+    "sick": (ev.read_sts, "pair_ID\tsentence_A\tsentence_B\trelatedness_score\n1\ta\tb\t4.5\n",
+             [("a", "b", 4.5)]),
+    "stray quotes": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n8\t1\t"c\td\n',
+                     [("a", '"b', 3.0), ('"c', "d", 1.0)]),
+    "quoted cells": (ev.read_sts, 'score\tsentence1\tsentence2\n3\ta\t"b\nc"\n',
+                     [("a", "b\nc", 3.0)]),
     "templates": (ev.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
     "classes": (ev.read_labels, CLASSES, (["x", "y"], {"a": 1})),
+    "synset words": (ev.read_classnames, "n01440764 tench, Tinca tinca\nmy dog, his\n",
+                     ["tench", "my dog, his"]),
 }
 BAD_FILES = {
-    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3"),
-    "no paraphrase": (ev.read_pairs, '{"query": "q"}', "line 1"),
-    "images no list": (ev.read_pairs, json.dumps(PAIR | {"images": "a"}), "a list"),
+    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "JSON lines"),
+    "no paraphrase": (ev.read_pairs, '{"query": "q"}', "record 1: expected query and paraphrase"),
+    "image no text": (ev.read_pairs, json.dumps(PAIR | {"images": [7]}), "7 is no text"),
+    "same no bool": (ev.read_pairs, json.dumps(PAIR | {"same": "no"}), "same .true or false."),
+    "group no name": (ev.read_pairs, json.dumps(PAIR | {"group": [1]}), "the group is"),
     "empty": (ev.read_pairs, "\n", "empty"),
     "not UTF-8": (ev.read_pairs, b"\xff\xfe{\0", "UTF-8"),
     "two lists": (ev.read_lists, DETAILS + DETAILS.replace("1", "3").join("\n\n"),
-                  "line 2.*several models"),
-    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "item 1 of annotations"),
-    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "id 7"),
-    "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "row 2.*finite score"),
+                  "record 2.*several models"),
+    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "None is no text"),
+    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
+    "no captions": (ev.read_captions, KARPATHY.replace("test", "val"), "there is none"),
+    "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "record 2.*finite score"),
+    "no score": (ev.read_sts, "sentence1,sentence2,score\n", "is empty"),
     "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),
     "label too high": (ev.read_labels, CLASSES.replace("1", "2"), "the label of 'a' is 2"),
+    "label true": (ev.read_labels, CLASSES.replace("1", "true"), "the label of 'a' is True"),
 }
 
 
@@ -2248,51 +2796,86 @@ def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
             reader(file)
 
 
+def test_a_trec_run_becomes_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Not in the order of the ranks, which 10 and 2 would have as text.
+    lines = ["t1 Q0 b.jpg 10 0.5 me", "t2 Q0 c.jpg 1 0.9 me", "t1 Q0 a.jpg 2 0.7 me"]
+    (tmp_path / "run.trec").write_text("\n".join(lines) + "\n")
+    page = (HERE / "docs/formats.md").read_text()
+    snippet, = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+                if "run.trec" in block]
+    exec(snippet, {"texts": {"t1": "a dog", "t2": "a cat"}})
+    assert ev.read_lists("engine.jsonl") == {"a dog": ["a.jpg", "b.jpg"], "a cat": ["c.jpg"]}
+
+
 def test_classes_come_from_folders(tmp_path):
-    folder = write_images(tmp_path / "f", "z/a.PNG", "fire_truck/a.png", "ant/b.png", "z/.y.jpg",
-                          "ant/sub/c.jpeg", "stray.png", ".hidden/a.png", "empty/a.txt")
-    gallery, names, labels, names_from = ev.read_class_folders(folder)
-    assert (names, names_from) == (["ant", "fire truck", "z"], "its folders")
-    assert labels == {"ant/b.png": 0, "ant/sub/c.jpeg": 0, "fire_truck/a.png": 1, "z/a.PNG": 2}
+    folder = write_images(tmp_path / "f", "10/a.PNG", "9/a.png", "9/.y.jpg", "stray.png",
+                          ".hidden/a.png")
+    _, names, labels, names_from = ev.read_classes(folder)
+    # As numbers, where all folders are.
+    assert (names, names_from) == (["9", "10"], "its folders")
+    assert labels == {"9/a.png": 0, "10/a.PNG": 1}
+    write_images(tmp_path / "f", "fire_truck/b.png")
+    assert ev.read_classes(folder)[1] == ["10", "9", "fire truck"]
+    (tmp_path / "f/empty").mkdir()
+    with pytest.raises(UserError, match="'empty'"):
+        ev.read_classes(folder)
+    write_images(tmp_path / "splits", "train/cat/a.png", "test/cat/a.png")
+    with pytest.raises(UserError, match="lies deeper: give the folder of one split"):
+        ev.read_classes(str(tmp_path / "splits"))
 
 
-def test_imagenet_has_torchvisions_names(monkeypatch):
-    gallery = {f"n{i:08}/x.JPEG": None for i in range(1000)}
-    monkeypatch.setattr(ev, "list_gallery", lambda folder: gallery)
-    _, names, labels, names_from = ev.read_class_folders("imagenet:ROOT")
-    assert (names[0], names[-1], len(labels)) == ("tench", "toilet tissue", 1000)
-    assert names_from == "torchvision"
+@pytest.mark.parametrize("name_of", ["n{:08}", "{}"], ids=["WordNet", "numbers"])
+def test_imagenet_has_torchvisions_names(tmp_path, name_of):
+    for i in range(1000):
+        (tmp_path / "val" / name_of.format(i)).mkdir(parents=True)
+        (tmp_path / "val" / name_of.format(i) / "x.JPEG").touch()
+    _, names, labels, names_from = ev.read_classes(f"imagenet:{tmp_path}")
+    assert (names[0], names[-1], names_from) == ("tench", "toilet tissue", "torchvision")
+    assert labels[f"{name_of.format(7)}/x.JPEG"] == 7
 
 
 def test_a_folder_may_be_called_imagenet(tmp_path, monkeypatch):
     write_images(tmp_path / "imagenet", "cat/a.png", "val/b.png")
     monkeypatch.chdir(tmp_path)
-    _, names, _, names_from = ev.read_class_folders("imagenet")
+    _, names, _, names_from = ev.read_classes("imagenet")
     assert (names, names_from) == (["cat", "val"], "its folders")
 
 
-def test_part_of_imagenet_needs_class_names(tmp_path):
-    write_images(tmp_path / "val", "n01440764/a.png", "n02084071/b.png")
-    (tmp_path / "names.txt").write_text("tench\ndog\n")
-    source = dict(zeroshot=f"imagenet:{tmp_path}")
-    with pytest.raises(UserError, match="2 of ImageNet's 1000 folders"):
-        ev.ZeroShot(ev.EvalConfig(**source))
-    task = ev.ZeroShot(ev.EvalConfig(**source, classnames=str(tmp_path / "names.txt")))
-    assert task.classnames == ["tench", "dog"]
+@pytest.mark.parametrize("folders, names, complaint", [
+    (["n01440764", "n02084071"], "", "not ImageNet's 1000 and whose names are no words"),
+    (["a", "b"], "crane\ncrane\n", "1 names stand for several classes, such as 'crane'"),
+    (["a", "b"], "crane\n", "expected 2 class names"), (["n01440764", "b"], "x\ny", "")])
+def test_class_names_must_be_words_and_different(tmp_path, folders, names, complaint):
+    write_images(tmp_path / "f", *[f"{name}/a.png" for name in folders])
+    cfg = ev.EvalConfig(zeroshot=str(tmp_path / "f"))
+    if names:
+        (tmp_path / "names.txt").write_text(names)
+        cfg.classnames = str(tmp_path / "names.txt")
+    with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
+        assert ev.ZeroShot(cfg, None).classnames == ["x", "y"]
+
+
+def test_classes_in_shards_of_clip_benchmark(tmp_path):
+    members = [member for i in (2, 0, 1) for member in sample(i) + [(f"{i:05d}.cls", b"%d\n" % i)]]
+    write_tar(tmp_path / "test/0.tar", members)
+    (tmp_path / "classnames.txt").write_text("ant\nbee\n")
+    with pytest.raises(UserError, match="00002.cls is 2, and classnames.txt has 2 names"):
+        ev.read_classes(str(tmp_path))
+    (tmp_path / "classnames.txt").write_text("ant\nbee\ncow\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\n")
+    task = ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path)), None)
+    assert task.labels == {"00000": 0, "00001": 1, "00002": 2} and task.templates == ["a {}."]
+    assert task.classnames == ["ant", "bee", "cow"] and task.gallery.names[0] == "00002"
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
-    pixels = np.zeros((2, 32, 32, 3), np.uint8)
-    dataset = Namespace(classes=["x", "y_z"], targets=[1, 0], data=pixels)
+    pixels = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+    dataset = Namespace(classes=["x", "y"], targets=[1, 0], data=pixels)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", lambda root, train: dataset)
-    gallery, names, labels, names_from = ev.read_class_folders(f"cifar100:{tmp_path}")
-    assert (names, names_from) == (["x", "y z"], "torchvision")
-    assert labels == {"test/0": 1, "test/1": 0}
-
-
-def test_file_names_must_be_unambiguous():
-    rows = ev.rows_by_name(["a/1.png", "b/1.png", "b/2.png"])
-    assert rows == {"a/1.png": 0, "b/1.png": 1, "b/2.png": 2, "2.png": 2}
+    gallery, names, labels, names_from = ev.read_classes(f"cifar100:{tmp_path}")
+    assert (names, names_from, labels) == (["x", "y"], "torchvision", {"test/0": 1, "test/1": 0})
+    assert np.array_equal(ev.open_image(gallery.images["test/1"]), pixels[1])
 
 
 # ---- evaluation: the whole program ---------------------------------------------------------------
@@ -2301,17 +2884,37 @@ import torch
 class Good:
     def preprocess(self, image): return torch.tensor(list(image.resize((4, 4)).tobytes())).float()
     def encode_image(self, batch): return batch[:, :3]
-    def encode_text(self, texts): return [[len(t), t.count("a"), t.count("e")] for t in texts]
-class NoText:
-    preprocess = encode_image = Good.preprocess
+    def encode_text(self, texts): return [[len(t), t.count("a"), t.count("d")] for t in texts]
+class TextOnly:
+    encode_text = Good.encode_text
+class OneBuffer(Good):
+    buffer = torch.empty(99, 3)
+    def encode_text(self, texts):
+        rows = self.buffer[:len(texts)]
+        rows[:] = torch.tensor(Good.encode_text(self, texts))
+        return rows
+class Dropout(Good):
+    def encode_image(self, batch): return batch[:, :3] + 99 * torch.rand(len(batch), 3)
+class BatchNorm(Good):
+    norm = torch.nn.BatchNorm1d(3)
+    def encode_image(self, batch): return self.norm(torch.cat([batch, 2 * batch])[:, :3])[::2]
+class Unmasked(Good):
+    def encode_text(self, texts):
+        return [[len(t), max(map(len, texts)), t.count("d")] for t in texts]
+class Complex(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3) * 1j
+class Sparse(Good):
+    def encode_text(self, texts): return torch.ones(len(texts), 3).to_sparse()
+class Zero(Good):
+    def encode_text(self, texts): return [[1e-20 * len(t), 0, 0] for t in texts]
 class OtherWidth(Good):
-    def encode_text(self, texts): return [[len(t)] for t in texts]
+    def encode_text(self, texts): return [[len(t), 1, t.count("a"), t.count("g")] for t in texts]
 class AnySize(Good):
     def preprocess(self, image): return torch.zeros(image.size)
 class NaN(Good):
     def encode_text(self, texts): return [[float("nan")] * 3 for t in texts]
 class Fewer(Good):
-    def encode_text(self, texts): return Good.encode_text(self, texts)[:3]
+    def encode_text(self, texts): return Good.encode_text(self, texts)[:4]
 class NoVectors(Good):
     def encode_text(self, texts): return {"features": texts}
 number = 1
@@ -2388,8 +2991,8 @@ def test_overlap_equals_the_librarys(cd, capsys, kind):
         options |= dict(padding="max_length", return_attention_mask=False)
 
     images = []
-    for item in ev.list_gallery("readable").values():
-        pixels = processor.image_processor(data.open_image(item), return_tensors="pt")
+    for read in ev.list_gallery("readable").images.values():
+        pixels = processor.image_processor(ev.open_image(read), return_tensors="pt")
         images.append(model.get_image_features(**pixels).pooler_output[0].double())
     images = F.normalize(torch.stack(images), dim=-1)
     overlaps = []
@@ -2418,10 +3021,10 @@ def exported(inputs) -> dict:
     """The features of clip, also in vectors.npz."""
     model = ev.open_model(str(inputs / "clip"), ev.EvalConfig(device="cpu"))
     cfg = ev.EvalConfig(workers=0)
-    images = ev.embed_images(model, ev.list_gallery(inputs / "readable"), cfg)
+    images = ev.embed_images(model, ev.list_gallery(str(inputs / "readable")), cfg)
     texts = set()
     for item in json.loads((inputs / "triplets.json").read_text()):
-        texts |= {item["caption"], item["caption2"]}
+        texts |= {item["caption"], item["caption2"], item["negative_caption"]}
     texts = sorted(texts)
     arrays = dict(names=np.array(images.names), images=images.features.numpy(),
                   texts=np.array(texts),
@@ -2433,7 +3036,7 @@ def exported(inputs) -> dict:
 def text_to_image(report: dict) -> dict:
     """What a report of pairs has in common with one of ranked lists."""
     common = {name: value for name, value in report.items() if not isinstance(value, dict)}
-    for name in ("recall", "paraphrase_recall", "precision"):
+    for name in ("recall", "paraphrase_recall"):
         common[name] = report[name]["t2i@10"]
     return common | {"model": ""}
 
@@ -2452,9 +3055,11 @@ def test_details_give_their_models_numbers(cd, capsys, tmp_path):
 def test_details_hold_each_pairs_scores(cd, capsys, tmp_path):
     report, _ = evaluate(capsys, "clip", "siglip", *PAIRS, "--details", tmp_path / "d.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
-    assert [line["model"] for line in lines] == ["clip"] * 15 + ["siglip"] * 15
-    assert np.mean([line["ao"] for line in lines[:15]]) == pytest.approx(report["ao"])
-    assert lines[1]["images"] == ["sub/01.png", "02.png", "sub/03.png"]
+    # Each pair, and after it the one that its negative caption makes.
+    assert [line["model"] for line in lines] == ["clip"] * 30 + ["siglip"] * 30
+    assert np.mean([line["ao"] for line in lines[:30:2]]) == pytest.approx(report["ao"])
+    assert np.mean([line["ao"] for line in lines[1:30:2]]) == pytest.approx(report["ao_changed"])
+    assert lines[2]["images"] == ["02.png", "sub/01.png", "sub/03.png"]
 
 
 def write_lists(path: Path, lists: dict):
@@ -2469,8 +3074,8 @@ def test_lists_leave_out_other_tasks(exported, cd, capsys, tmp_path):
     output = capsys.readouterr()
     report, = json.loads(output.out.splitlines()[-1])
     assert "sts" not in report and "--sts is left out" in output.err
-    # Lists of five cannot tell recall@10, nor precision@10.
-    assert report["recall"].keys() == {"t2i@1", "t2i@5"} and "precision" not in report
+    # Lists of five cannot tell recall@10.
+    assert report["recall"].keys() == {"t2i@1", "t2i@5"}
 
 
 def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path):
@@ -2484,7 +3089,7 @@ def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path
 
 def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
     def nothing_in_common(task, model, images, cfg):
-        return {(f"{model.is_siglip}",): ev.Scores(np.ones(2), np.arange(2))}
+        return {(f"{model.is_siglip}",): ev.Values(np.ones(2), np.arange(2))}
     monkeypatch.setattr(ev.STS, "measure", nothing_in_common)
     clip, siglip = evaluate(capsys, "clip", "siglip", "--sts", "sts.csv")
     assert "diff" not in siglip
@@ -2510,10 +3115,10 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
 
 @pytest.mark.parametrize("name, array, complaint", [
     pytest.param("names", None, "names is not", id="missing"),
-    pytest.param("images", np.ones((14, 3), np.float32), "(14, 3)", id="other width"),
-    pytest.param("names", np.array([b"a"] * 14), "they are", id="bytes"),
-    pytest.param("texts", np.array([f"{i}" for i in range(30)]), "no vectors", id="other texts"),
-    pytest.param("names", np.array(["a.png"] * 14), "'a.png' stands there more", id="name twice"),
+    pytest.param("images", np.ones((14, 3), np.float32), "(45,) and (45, 512)", id="other width"),
+    pytest.param("names", np.array([b"a"] * 14), "there are |S1", id="bytes"),
+    pytest.param("texts", np.array([f"{i}" for i in range(45)]), "no vectors", id="other texts"),
+    pytest.param("names", np.array(["a.png"] * 14), "'a.png' has two different", id="name twice"),
 ])
 def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
     arrays = dict(exported)
@@ -2527,7 +3132,7 @@ def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, co
 def test_vectors_without_images(exported, cd, capsys, tmp_path):
     empty = dict(names=exported["names"][:0], images=exported["images"][:0])
     np.savez(tmp_path / "x.npz", **exported | empty)
-    assert "it has no images" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
+    assert "there are <U" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
 
 
 def test_a_class_of_the_users(cd, capsys):
@@ -2545,12 +3150,6 @@ def test_fresh_loader_workers_find_the_users_class(cd):
     assert len(pixels) == 4 * 4 * 3
 
 
-def test_flags_of_models_have_no_effect_on_a_users_class(cd, capsys):
-    call(ev, "clip", "mine.py:Good", "--sts", "sts.csv", "--precision", "bf16")
-    errors = capsys.readouterr().err
-    assert "mine.py:Good: --precision has no effect" in errors and "clip: --" not in errors
-
-
 def test_labels_of_no_image_are_refused(cd, capsys, tmp_path):
     (tmp_path / "labels.json").write_text('{"classnames": ["dog"], "labels": {"nowhere.png": 0}}')
     message = error_line(capsys, ev, "clip", *READABLE, "--zeroshot", tmp_path / "labels.json")
@@ -2560,30 +3159,38 @@ def test_labels_of_no_image_are_refused(cd, capsys, tmp_path):
 def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     (tmp_path / "data.py").write_text(MODEL_FILE)
     message = error_line(capsys, ev, f"{tmp_path}/data.py:Good", *PAIRS)
-    assert "there is another module 'data'" in message and sys.modules["data"] is data
-
-
-def test_pairs_that_have_kinds_in_part(cd, capsys, benchmark):
-    file = benchmark / "val/pairs.jsonl"
-    file.write_text(file.read_text().replace('"kind": "a"', '"kind": ""', 1))
-    argv = ["clip", "--workers", 0]
-    message = error_line(capsys, ev, *argv, "--benchmark", benchmark, "--split", "val")
-    assert "the first pair has no kind" in message
-    report, = evaluate(capsys, *argv, "--pairs", file, "--images", benchmark / "val")
-    assert report["pairs"] == 8 and report["kinds"].keys() == {"a", "Z"}
+    assert "another module has its name" in message and sys.modules["data"] is data
 
 
 @pytest.mark.parametrize("name, complaint", [
-    ("NoText", "the model has no encode_text()"),
-    ("OtherWidth", "encode_text of 3 texts [3, 1]"),
+    ("TextOnly", "the model has no preprocess()"),
+    ("OtherWidth", "image features have 3 numbers, text features 4"),
     ("AnySize", "the same shape for every image"),
-    ("NaN", "finite numbers"),
-    ("Fewer", "for each of 30 inputs, but features of shape [3, 3]"),
+    ("NaN", "for 3 inputs, the shape is [3, 3]"),
+    ("Zero", "not all of them 0"),
+    ("Complex", "a vector of finite numbers"),
+    ("Sparse", "as a tensor, array or list"),
+    ("Fewer", "for 45 inputs, the shape is [4, 3]"),
     ("NoVectors", "as a tensor, array or list"),
+    ("Dropout", "the unit vector of the same image moves"),
+    ("BatchNorm", "the unit vector of the same image moves"),
+    ("Unmasked", "the unit vector of the same text moves"),
     ("number", "no function or class 'number'"),
 ])
 def test_a_class_that_does_not_fit(cd, capsys, name, complaint):
     assert complaint in error_line(capsys, ev, f"mine.py:{name}", *PAIRS)
+
+
+def test_texts_need_no_image_tower(cd, capsys):
+    report, = evaluate(capsys, "mine.py:TextOnly", "--sts", "sts.csv", "--triplets",
+                       "triplets.json")
+    assert report["sts"]["n"] == 12 and "image_text" not in report["triplets"]["triplets.json"]
+
+
+def test_features_in_one_buffer_are_copied(cd, capsys):
+    argv = [*READABLE, "--batch-size", 4]
+    good, buffer = evaluate(capsys, "mine.py:Good", "mine.py:OneBuffer", *argv)
+    assert buffer["ao"] == good["ao"] and buffer["diff"]["ao_ci"] == [0, 0]
 
 
 def without_vision(folder: Path):
@@ -2603,9 +3210,21 @@ def with_foreign_code(folder: Path):
     (folder / "code.py").write_text("open('ran', 'w')")
 
 
+def with_large_vocabulary(folder: Path):
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"[SEP]"', '"[NEW]"', 1).replace(
+        '"vocab":{', '"vocab":{"[SEP]":99,').replace('"vocab": {', '"vocab": {"[SEP]": 99,'))
+
+
+def of_sentence_transformers(folder: Path):
+    (folder / "config.json").unlink()
+    (folder / "modules.json").write_text("[]")
+
+
 @pytest.mark.parametrize("change, complaint", [
     (without_vision, "weights are missing"),
-    (without_tokenizer, "tokenizer"), (with_foreign_code, "x: neither a checkpoint")])
+    (without_tokenizer, "tokenizer"), (with_foreign_code, "x: expected a checkpoint"),
+    (with_large_vocabulary, "its tokenizer has"), (of_sentence_transformers, "reads this folder")])
 def test_hugging_face_models_are_refused(cd, capsys, monkeypatch, tmp_path, change, complaint):
     monkeypatch.setattr("builtins.input", lambda *question: "y")
     change(shutil.copytree("clip", tmp_path / "x"))
@@ -2613,22 +3232,38 @@ def test_hugging_face_models_are_refused(cd, capsys, monkeypatch, tmp_path, chan
     assert not Path("ran").exists()
 
 
-def test_several_pair_files_are_reported(cd, capsys, tmp_path):
+def test_a_pair_counts_once_in_each_subset(cd, capsys, tmp_path):
     items = json.loads(Path("triplets.json").read_text())
-    # Two pairs stand in both files: the whole counts them once.
-    (tmp_path / "a.json").write_text(json.dumps(items[:8]))
+    for item in items:
+        item["kind"] = "x"
+    # Two pairs stand in both files, one twice in a file.
+    (tmp_path / "a.json").write_text(json.dumps(items[:8] + items[:1]))
     (tmp_path / "b.json").write_text(json.dumps(items[6:]))
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     report, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", *files)
-    assert (report["pairs"], report["files"]["a.json"]["pairs"]) == (15, 8)
+    assert (report["pairs"], report["kinds"]["x"]["pairs"]) == (15, 15)
+    assert [report["files"][name]["pairs"] for name in ("a.json", "b.json")] == [8, 9]
+    # Each negative caption is a pair that changes the meaning.
+    assert report["contrast_pairs"] == report["changed"]["x"]["contrast_pairs"] == 15
 
 
-def test_pairs_of_one_image_resample_together(cd, capsys, tmp_path):
+def test_pairs_of_one_group_resample_together(cd, capsys, tmp_path):
     items = json.loads(Path("triplets.json").read_text())
-    (tmp_path / "copies.json").write_text(json.dumps(items * 4))
-    once, = evaluate(capsys, "clip", *PAIRS)
-    four, = evaluate(capsys, "clip", *PAIRS[2:], "--pairs", tmp_path / "copies.json")
-    assert four["ao_ci"] == pytest.approx(once["ao_ci"], abs=1e-12)
+    for i, item in enumerate(items):
+        item["group"] = i // 8
+    (tmp_path / "two.json").write_text(json.dumps(items))
+    (tmp_path / "one.json").write_text(json.dumps([item | {"group": 0} for item in items]))
+    argv = ["clip", *PAIRS[2:], "--pairs"]
+    report, = evaluate(capsys, *argv, tmp_path / "two.json")
+    evaluate(capsys, *argv, tmp_path / "two.json", "--details", tmp_path / "d.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
+    ao = [line["ao"] for line in lines if line["same"]]
+    groups = [np.mean(ao[:8]), np.mean(ao[8:])]
+    # Of two groups, some resample holds each alone.
+    assert report["ao_ci"] == pytest.approx(sorted(groups)) and report["groups"] == 2
+    # A single group has no interval, in any metric or direction.
+    report, = evaluate(capsys, *argv, tmp_path / "one.json")
+    assert "_ci" not in json.dumps(report) and report["groups"] == 1
 
 
 @pytest.fixture
@@ -2645,10 +3280,16 @@ def benchmark(tmp_path) -> Path:
     return tmp_path / "bench"
 
 
-def test_benchmarks_headline_is_the_first_kind(cd, capsys, benchmark):
-    report, = evaluate(capsys, "clip", "--benchmark", benchmark, "--split", "val", "--workers", 0)
-    assert (report["headline"], report["pairs"], report["split"]) == ("a", 3, "val")
-    assert report["ao"] == report["kinds"]["a"]["ao"] and report["kinds"]["Z"]["pairs"] == 5
+def test_the_top_level_is_all_pairs(cd, capsys, benchmark):
+    split = ["--split", "val", "--workers", 0]
+    report, = evaluate(capsys, "clip", "--benchmark", benchmark, *split)
+    assert (report["pairs"], report["split"]) == (8, "val")
+    # In the order of the file.
+    assert [part["pairs"] for part in report["kinds"].values()] == [3, 5]
+    parts = [part["ao"] * part["pairs"] for part in report["kinds"].values()]
+    assert report["ao"] == pytest.approx(sum(parts) / 8)
+    lines = table_of(capsys, "clip", "--benchmark", benchmark, *split)
+    assert lines.index("kinds a") < lines.index("kinds Z") < lines.index("all pairs")
 
 
 def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
@@ -2663,16 +3304,17 @@ def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
 def test_what_is_left_out_is_said(cd, capsys):
     call(ev, "clip", *PAIRS)
     errors = capsys.readouterr().err
-    assert "1 of 15 named images are not there, such as lost.png" in errors
+    assert "1 of 15 named images are not there" in errors and "such as lost.png" in errors
     assert "skipped 1 of 15 images: broken.jpg: " in errors
 
 
 def test_models_on_other_images_are_uncompared(cd, capsys, tmp_path):
     # Lists name all images, also the one that clip cannot read.
     items = json.loads(Path("triplets.json").read_text())
-    names = sorted(ev.list_gallery("images"))
+    names = ev.list_gallery("images").names
     write_lists(tmp_path / "x.jsonl", {
-        item[field]: names for item in items for field in ("caption", "caption2")})
+        item[field]: names for item in items
+        for field in ("caption", "caption2", "negative_caption")})
     call(ev, "clip", tmp_path / "x.jsonl", *PAIRS)
     output = capsys.readouterr()
     assert "can read different images" in output.err
@@ -2690,18 +3332,49 @@ def test_tables_fit_100_columns(cd, capsys):
     lines = table_of(capsys, "clip", "siglip", "mine.py:Good", *ALL)
     assert max(len(line) for line in lines) <= 100
     # Five columns make two blocks.
-    assert sum(line.startswith("AO@k minus unrelated") for line in lines) == 2
+    assert sum(line.startswith("AO@5 minus unrelated") for line in lines) == 2
 
 
 def test_few_observations_are_marked(cd, capsys):
-    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@k  ")]
-    assert re.fullmatch(r"AO@k +\d+\.\d ±\d+\.\d\*", row)
+    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@10  ")]
+    assert re.fullmatch(r"AO@10 +\d+\.\d ±\d+\.\d\*", row)
 
 
-def test_markdown_has_equal_columns(cd, capsys):
-    lines = table_of(capsys, "clip", "siglip", *ALL, "--markdown")
-    rows = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {5} and rows[1] == "|---|---:|---:|---:|"
+def test_a_difference_beyond_its_interval_is_marked():
+    estimates = {"+10.0 ±7.5≠": ev.Estimate(0.1, (0.05, 0.2), 50),
+                 "+10.0 ±10.0 ": ev.Estimate(0.1, (0, 0.2), 50),
+                 "-10.0 ±7.5≠": ev.Estimate(-0.1, (-0.2, -0.05), 50),
+                 "-10.0 ±7.5*": ev.Estimate(-0.1, (-0.2, -0.05), 9)}
+    column = ev.Column("x", estimates, is_difference=True)
+    assert [column.cell(name) for name in estimates] == list(estimates)
+    assert ev.Column("x", {(): ev.Estimate(0.5, None, 1)}).cell(()) == "50.0*"
+
+
+def test_any_model_may_be_the_baseline(cd, capsys):
+    clip, siglip = evaluate(capsys, "clip", "siglip", *PAIRS, "--baseline", "siglip")
+    assert clip["diff"]["ao"] == pytest.approx(clip["ao"] - siglip["ao"]) and "diff" not in siglip
+
+
+def test_a_failure_costs_no_other_models_numbers(cd, capsys):
+    argv = ["mine.py:Good", "mine.py:NaN", "nowhere", "siglip", *PAIRS]
+    with pytest.raises(SystemExit):
+        call(ev, *argv, "--details", "d.jsonl")
+    output = capsys.readouterr()
+    reports = json.loads(output.out.splitlines()[-1])
+    assert [report["model"] for report in reports] == ["mine.py:Good", "siglip"]
+    assert "error: mine.py:NaN: " in output.err and "nowhere: expected" in output.err
+    assert len(Path("d.jsonl").read_text().splitlines()) == 2 * 30
+
+
+@pytest.mark.parametrize("output", [
+    "./triplets.json", "link.json", "mine.py", "images/new.png", "clip/model.safetensors",
+    "images/sub/01.png"])
+def test_no_output_overwrites_an_input(cd, capsys, output):
+    if not os.path.lexists("link.json"):
+        os.symlink("triplets.json", "link.json")
+    before = Path("triplets.json").read_bytes()
+    message = error_line(capsys, ev, "clip", "mine.py:Good", *PAIRS, "--json", output)
+    assert "another flag names" in message and Path("triplets.json").read_bytes() == before
 
 
 def test_prompts_are_named(cd, capsys):
@@ -2717,11 +3390,11 @@ def test_labels_are_short_and_different(models, labels):
     assert ev.short_names(models) == labels
 
 
-@pytest.mark.parametrize("flag", ["json", "details", "figure", "summary"])
+@pytest.mark.parametrize("flag", ["json", "details", "figure", "report"])
 def test_outputs_onto_no_plain_file(cd, capsys, tmp_path, flag):
     os.mkfifo(tmp_path / "pipe")
     message = error_line(capsys, ev, "clip", *PAIRS, f"--{flag}", tmp_path / "pipe")
-    assert "not a regular file" in message
+    assert "no regular file" in message
 
 
 def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
@@ -2741,45 +3414,34 @@ def test_half_a_surrogate_in_a_query(cd, capsys):
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
-    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", summary=tmp_path / "y.png")
+    files = dict(json=tmp_path / "x.json", figure=tmp_path / "x.png", report=tmp_path / "x.html")
     reports = evaluate(capsys, "clip", "siglip", *PAIRS, *flags(**files))
     assert json.loads(files["json"].read_text()) == reports
-    assert Image.open(files["figure"]).width == Image.open(files["summary"]).width == 1280
+    assert Image.open(files["figure"]).width == 1280
+    page = files["report"].read_text()
+    assert page.count("<article") == 30 and f"{100 * reports[1]['ao']:.1f} ±" in page
 
 
 @pytest.mark.parametrize("arguments, complaint", [
     ("", "run `python paraclip.py` first"),
     ("none.py:f --sts sts.csv", "no such file"),
-    ("mine.py --sts sts.csv", "mine.py:NAME"),
+    ("mine.py --sts sts.csv", "FILE.py:NAME"),
     ("clip --captions captions.json --images classes", "none of the 10 named"),
     ("clip --pairs triplets.json", "--pairs needs --images"),
-    ("clip --images images", "what to search for"),
-    ("clip --sts sts.csv --k 5", "--k is"),
-    ("clip --sts sts.csv --figure x.png", "--figure shows pairs"),
-    ("clip --sts sts.csv --split val", "--benchmark and --split have no effect"),
+    ("clip --sts sts.csv --figure x.png", "show pairs: give --pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
-    ("clip --sts sts.csv --templates templates.txt", "belong to --zeroshot"),
-    ("clip --zeroshot classes --classnames sts.csv", "expected 2 class names"),
     ("clip --images images --query dog", "belong together"),
-    ("clip --images images --query= --paraphrase=", "must not be empty"),
+    ("clip --images images", "what to search for"),
+    ("clip --images images --query= --paraphrase=", "a text each"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
-    ("clip --zeroshot classes --templates templates.txt --json templates.txt", "another flag"),
-    ("clip --zeroshot classes --classnames names.txt --json names.txt", "another flag"),
-    ("clip --zeroshot labels.json --images images --json labels.json", "another flag"),
-    ("clip --pairs triplets.json triplets.json --images images", "triplets.json is given twice"),
-    ("clip --pairs triplets.json --images images --json no/x", "its folder does not exist"),
-    ("clip --pairs triplets.json --images images --figure x.jpg", ".png files"),
-    ("clip clip --sts sts.csv", "two models have this name"),
-    ("mine.py:Good none.py:f --sts sts.csv", "no such file"),
-    ("clip siglip --sts sts.csv --labels one", "1 names for 2 models"),
+    ("clip --pairs triplets.json --images images --json no/x", "in no folder"),
+    ("clip --pairs triplets.json --images images --figure x.jpg", "ends in .png"),
+    ("clip clip --sts sts.csv", "give each model once"),
+    ("clip siglip --sts sts.csv --labels one", "2 models are called ['one']"),
     ("clip --sts sts.csv --device nothing", "--device nothing"),
+    ("clip --sts sts.csv --baseline other", "expected one of ['clip']"),
+    ("sts.csv --sts sts.csv", "expected a checkpoint, a run folder, FILE.py:NAME"),
+    ("clip --pairs triplets.json --images images --json x --details ./x", "another flag"),
 ])
 def test_mistakes_end_in_one_line(cd, capsys, arguments, complaint):
     assert complaint in error_line(capsys, ev, *arguments.split())
-
-
-def test_sts_without_rows_is_refused(tmp_path):
-    path = tmp_path / "dev.csv"
-    path.write_text("sentence1,sentence2,score\n")
-    with pytest.raises(UserError, match="expected rows"):
-        ev.read_sts(path)

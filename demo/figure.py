@@ -1,25 +1,22 @@
-"""The figures of eval_paraphrase.py: what one pair of queries finds, and AO as bars.
+"""The figure of eval_paraphrase.py: what queries and their paraphrases find.
 
-draw_pair: a block per model, with a row of images for the query and one for the paraphrase. Images
-in both rows have a blue frame, correct images a green check mark.
-draw_summary: same first image (AO@1) and AO@k, a group of bars per kind of pair, a bar per model.
-
-Both are drawn on a white card with rounded corners, 1280 pixels wide, to be read at the width of a
-README on a light or dark page.
+A block per pair and model, with a row of images for the query and one for the paraphrase. Images in
+both rows have a blue frame, correct images a green check mark. Drawn on a white card with rounded
+corners, 1280 pixels wide, to be read at the width of a README on a light or dark page.
 """
+
+import itertools
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import atomic_write
-from data import BadSample, open_image
+from data import BadSample
 
 WIDTH, MARGIN = 1280, 44
 COLUMNS, THUMB, GAP, TEXT_WIDTH = 5, 164, 22, 266
 BLACK, GRAY, PALE = "#1a1a1a", "#666666", "#e2e2e2"
 FRAME, CHECK = "#2f6fde", "#1f9d48"
-BARS = ["#b9bec6", "#2f6fde", "#f0932b", "#1f9d48", "#8e44ad", "#d6336c"]
-FLOOR = "#44484f"
 
 
 class Card:
@@ -74,47 +71,54 @@ def wrap(text: str, font, width: int, lines: int) -> list[str]:
     return wrapped[:lines]
 
 
-def choose_pair(details: dict[str, list[dict]]) -> tuple[int, str]:
-    """(index of the pair to draw, the rule by which it was chosen).
+def choose_pairs(details: dict[str, list[dict]]) -> tuple[list[int], str]:
+    """(indices of the pairs to draw, the rule by which they were chosen).
 
-    details: {model label: what --details writes of each pair}. Of the pairs for which a model finds
-    a correct image among those drawn (of all pairs, if there is none), the pair of median gain: AO
-    of the last model minus AO of the first. A single model has the pair of its median AO.
+    details: {model label: what --details writes of each pair}. The candidates keep the meaning, are
+    of the first kind, and a model finds a correct image of theirs among those drawn (all pairs, if
+    there is none). By the AO of the only model, or by how much the last model's AO is above the
+    first's, these are drawn: the one behind which a tenth of them is left, the median, and the one
+    with a tenth before it.
     """
     labels = list(details)
     first, last = details[labels[0]], details[labels[-1]]
-    if len(last) == 1:
-        return 0, ""
+    pairs = [i for i, record in enumerate(last) if record["same"]] or list(range(len(last)))
+    pairs = [i for i in pairs if last[i]["kind"] == last[pairs[0]]["kind"]]
     candidates = []
-    for i in range(len(last)):
+    for i in pairs:
+        shown = set()
         for records in details.values():
-            shown = records[i]["query_ranking"][:COLUMNS]
-            shown = shown + records[i]["paraphrase_ranking"][:COLUMNS]
-            if set(shown) & set(records[i]["images"]):
-                candidates.append(i)
-                break
-    which = f"{len(candidates)} of {len(last)} pairs with a correct image among those shown"
+            shown.update(records[i]["query_ranking"][:COLUMNS])
+            shown.update(records[i]["paraphrase_ranking"][:COLUMNS])
+        if shown & set(last[i]["images"]):
+            candidates.append(i)
+    of = f"the {len(candidates)} pairs with a correct image among those shown"
     if not candidates:
-        candidates = list(range(len(last)))
-        which = f"{len(last)} pairs"
-    if len(labels) == 1:
-        gains = [last[i]["ao"] for i in candidates]
-        rule = f"The pair of median AO of {which}."
-    else:
+        candidates, of = pairs, f"{len(pairs)} pairs"
+    if len(candidates) < 3:
+        return candidates[:1], ""
+    gains, measure = [last[i]["ao"] for i in candidates], "AO"
+    if len(labels) > 1:
         gains = [last[i]["ao"] - first[i]["ao"] for i in candidates]
-        rule = (f"The pair of median gain (AO of {labels[-1]} minus AO of {labels[0]}) of {which}.")
-    order = np.argsort(gains, kind="stable")
-    return candidates[order[len(order) // 2]], rule
+        measure = f"AO of {labels[-1]} minus AO of {labels[0]}"
+    order = np.argsort(gains, kind="stable")[::-1]
+    places = [len(order) // 10, len(order) // 2, len(order) - 1 - len(order) // 10]
+    rule = f"A good, the median and a bad pair by {measure}: ranks "
+    rule += ", ".join(str(place + 1) for place in places) + f" of {of}."
+    return [candidates[order[place]] for place in places], rule
 
 
-def draw_pair(path, gallery: dict, details: dict[str, list[dict]], k: int):
-    """Writes the PNG of one pair. gallery: {image name: item}, see open_image."""
-    index, rule = choose_pair(details)
+def draw_pairs(path, images: dict, count: int, details: dict[str, list[dict]], k: int, open_image):
+    """Writes the PNG of some pairs, see choose_pairs.
+
+    images: {name: what open_image opens as a Pillow image}; count: how many could be searched.
+    """
+    chosen, rule = choose_pairs(details)
     block = 2 * (THUMB + GAP) + 84
-    card = Card(MARGIN + len(details) * block + 260)
+    card = Card(MARGIN + len(chosen) * len(details) * block + 260)
     y = MARGIN - 8
     any_correct = False
-    for label, records in details.items():
+    for index, (label, records) in itertools.product(chosen, details.items()):
         record = records[index]
         card.text(MARGIN, y, label, 34, width=820)
         card.text(WIDTH - MARGIN, y + 4, f"AO@{k} of this pair: {100 * record['ao']:.0f}", 28,
@@ -129,7 +133,7 @@ def draw_pair(path, gallery: dict, details: dict[str, list[dict]], k: int):
             x = MARGIN + TEXT_WIDTH
             for name in record[f"{text}_ranking"][:COLUMNS]:
                 try:
-                    image = open_image(gallery[name])
+                    image = open_image(images[name])
                 except (BadSample, OSError):
                     # Ranked lists may name an image that cannot be read.
                     image = Image.new("RGB", (1, 1), PALE)
@@ -150,69 +154,7 @@ def draw_pair(path, gallery: dict, details: dict[str, list[dict]], k: int):
         card.check(MARGIN + 280, y + 4)
         card.text(MARGIN + 326, y + 4, "correct image", 27)
     y += 56
-    note = f"{rule} Gallery of {len(gallery):,} images.".strip()
+    note = f"{rule} Gallery of {count:,} images.".strip()
     card.text(MARGIN, y, note, 22, fill=GRAY, width=WIDTH - 2 * MARGIN, lines=3)
     lines = len(wrap(note, ImageFont.load_default(size=22), WIDTH - 2 * MARGIN, 3))
     card.save(path, int(y + 29 * lines + MARGIN - 14))
-
-
-def draw_summary(path, reports: dict[str, dict]):
-    """Writes the PNG of bars. reports: {model label: report}, see eval_paraphrase.py's JSON."""
-    first = next(iter(reports.values()))
-    titles = ["Same first image, %", f"AO@{first['k']}, %"]
-    kinds = list(first.get("kinds", first.get("files", {})))
-    top, height = 150, 330
-    card = Card(top + height + 260)
-    card.text(MARGIN, MARGIN - 8, "Query and paraphrase: how much do their results agree?", 34)
-    panel_width = (WIDTH - 2 * MARGIN - 60) // 2
-    for panel, (title, metric) in enumerate(zip(titles, ("ao1", "ao"))):
-        left = MARGIN + panel * (panel_width + 60)
-        card.text(left, top - 56, title, 28)
-        for percent in (0, 25, 50, 75, 100):
-            y = top + height * (1 - percent / 100)
-            card.draw.line((left + 46, y, left + panel_width, y), fill=PALE, width=2)
-            card.text(left + 38, y, str(percent), 22, fill=GRAY, anchor="rm")
-        group_width = (panel_width - 56) / max(1, len(kinds))
-        bar_width = min(56, 0.8 * group_width / len(reports))
-        for group, kind in enumerate(kinds or [""]):
-            center = left + 52 + (group + 0.5) * group_width
-            x = center - bar_width * len(reports) / 2
-            for number, report in enumerate(reports.values()):
-                part = report
-                if kind:
-                    part = report.get("kinds", report.get("files", {})).get(kind, {})
-                if metric in part:
-                    draw_bar(card, x, bar_width, top, height, part, metric, BARS[number % 6])
-                x += bar_width
-            card.text(center, top + height + 12, kind, 24, width=int(group_width), anchor="ma",
-                      lines=2)
-    # The legend: a color per model, and the marks.
-    x, y = MARGIN, top + height + 84
-    entries = [(label, BARS[number % 6]) for number, label in enumerate(reports)]
-    for label, color in [*entries, ("unrelated queries (chance)", FLOOR)]:
-        width = 46 + ImageFont.load_default(size=26).getlength(label[:60])
-        if x + width > WIDTH - MARGIN:
-            x, y = MARGIN, y + 44
-        card.draw.rectangle((x, y + 4, x + 26, y + 28), fill=color)
-        card.text(x + 38, y, label, 26, width=700)
-        x += width + 40
-    note = f"Lines: 95 % bootstrap intervals. Gallery of {first['gallery']:,} images."
-    card.text(MARGIN, y + 50, note, 22, fill=GRAY)
-    card.save(path, int(y + 50 + 29 + MARGIN - 14))
-
-
-def draw_bar(card: Card, x, width, top, height, part: dict, metric: str, color: str):
-    """A bar of height part[metric] with its interval and, at its foot, that of unrelated pairs."""
-    def level(value):
-        return top + height * (1 - value)
-
-    base = level(0)
-    card.draw.rectangle((x + 2, level(part[metric]), x + width - 2, base), fill=color)
-    if f"{metric}_random" in part:
-        floor = min(level(part[f"{metric}_random"]), base - 3)
-        card.draw.rectangle((x + 2, floor, x + width - 2, base), fill=FLOOR)
-    low, high = part[f"{metric}_ci"]
-    middle = x + width / 2
-    card.draw.line((middle, level(low), middle, level(high)), fill=BLACK, width=3)
-    for end in (low, high):
-        card.draw.line((middle - 7, level(end), middle + 7, level(end)), fill=BLACK, width=3)

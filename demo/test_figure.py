@@ -1,41 +1,58 @@
-"""Tests of the figures: which pair is drawn, what is marked, how high the bars are."""
+"""Tests of the figure: which pairs are drawn, and what is marked."""
 
 import numpy as np
-import pytest
 from PIL import Image, ImageColor, ImageFont
 
 from demo import figure
 
 
-def record(ao=0.5, query=("0", "1", "2"), paraphrase=("2", "3", "0"), images=("1",), text="a dog"):
+def record(ao=0.5, query=("0", "1", "2"), paraphrase=("2", "3", "0"), images=("1",), text="a dog",
+           kind="", same=True):
     """A pair as --details writes it."""
     return {"query": text, "paraphrase": "a hound", "ao": ao, "images": list(images),
+            "kind": kind, "same": same,
             "query_ranking": list(query), "paraphrase_ranking": list(paraphrase)}
 
 
-GALLERY = {str(i): np.full((40, 30, 3), 50 * i, np.uint8) for i in range(4)}
+IMAGES = {str(i): np.full((40, 30, 3), 50 * i, np.uint8) for i in range(4)}
 
 
-def test_the_pair_of_median_gain():
-    first = [record(ao) for ao in (0.1, 0.2, 0.55)]
-    last = [record(ao) for ao in (0.9, 0.3, 0.6)]  # gains of 0.8, 0.1, 0.05
-    assert figure.choose_pair({"old": first, "new": last})[0] == 1
+def draw(path, details: dict, images=IMAGES):
+    def open_image(pixels):
+        if pixels is None:
+            raise OSError("no such file")
+        return Image.fromarray(pixels)
+    figure.draw_pairs(path, images, 4, details, 10, open_image)
 
 
-def test_a_single_models_median_pair():
-    assert figure.choose_pair({"new": [record(0.9), record(0.1), record(0.5)]})[0] == 2
+def chosen(details: dict) -> list[int]:
+    return figure.choose_pairs(details)[0]
 
 
-def test_a_pair_needs_a_correct_image():
-    records = [record(0.9, images=["3"]), record(0.1, images=["7"]), record(0.8, images=[]),
-               record(0.95, images=["1"])]
-    index, rule = figure.choose_pair({"new": records})
-    assert index == 3 and "2 of 4 pairs with a correct image" in rule
+def test_a_good_the_median_and_a_bad_pair():
+    gains = np.random.default_rng(0).permutation(21) / 100
+    first = [record(0.2)] * 21
+    last = [record(0.2 + gain) for gain in gains]
+    # Behind two of 21, in the middle, before two.
+    expected = [int(np.flatnonzero(gains == gain)[0]) for gain in (0.18, 0.1, 0.02)]
+    assert chosen({"old": first, "new": last}) == expected
+    assert chosen({"new": last}) == expected
+    # With fewer than three there is no such choice.
+    assert chosen({"new": [record(0.9), record(0.1)]}) == [0]
 
 
-def test_correct_images_count_where_drawn():
+def test_pairs_have_a_correct_image_where_drawn():
     far = record(query=["0"] * 5 + ["1"], paraphrase=["0"] * 5 + ["1"], images=["1"])
-    assert "correct image" not in figure.choose_pair({"new": [far, far]})[1]
+    records = [far, record(0.1), record(0.2), far, record(0.3, images=["7"]), record(0.4)]
+    found, rule = figure.choose_pairs({"new": records})
+    assert found == [5, 2, 1] and "3 pairs with a correct image" in rule
+    assert figure.choose_pairs({"new": [far] * 4})[1].endswith("of 4 pairs.")
+
+
+def test_pairs_keep_the_meaning_and_are_of_the_first_kind():
+    records = [record(0.1, same=False), record(0.2), record(0.3, kind="other"), record(0.4),
+               record(0.5)]
+    assert chosen({"new": records}) == [4, 3, 1]
 
 
 def pixels_of(path, color: str) -> np.ndarray:
@@ -53,26 +70,25 @@ def columns_of(path, color: str) -> set[int]:
 
 
 def test_images_in_both_rows_are_framed(tmp_path):
-    figure.draw_pair(tmp_path / "x.png", GALLERY, {"new": [record()]}, 10)
+    draw(tmp_path / "x.png", {"new": [record()]})
     # Images 0 and 2 are in both: columns 0 and 2 of both rows.
     assert columns_of(tmp_path / "x.png", figure.FRAME) == {0, 2}
 
 
 def test_correct_images_are_checked(tmp_path):
-    figure.draw_pair(tmp_path / "x.png", GALLERY, {"new": [record(images=["1", "3"])]}, 10)
+    draw(tmp_path / "x.png", {"new": [record(images=["1", "3"])]})
     assert columns_of(tmp_path / "x.png", figure.CHECK) == {1}
 
 
 def test_odd_texts_are_drawn(tmp_path):
     details = {"naïve 中 \u200b query " * 20: [record(text="W" * 900)],
                "\ufffe": [record(text=" ")]}
-    figure.draw_pair(tmp_path / "x.png", GALLERY, details, 3)
+    draw(tmp_path / "x.png", details)
     assert Image.open(tmp_path / "x.png").width == figure.WIDTH
 
 
 def test_an_unreadable_image_stays_blank(tmp_path):
-    gallery = GALLERY | {"0": tmp_path / "nowhere.png"}
-    figure.draw_pair(tmp_path / "x.png", gallery, {"new": [record()]}, 10)
+    draw(tmp_path / "x.png", {"new": [record()]}, IMAGES | {"0": None})
     assert columns_of(tmp_path / "x.png", figure.FRAME) == {0, 2}
 
 
@@ -82,24 +98,7 @@ def test_lines_fit_their_width():
     assert max(font.getlength(line) for line in lines) <= 200 and lines[-1].endswith("end")
 
 
-def report(ao1: float, random=0.0) -> dict:
-    part = {"ao1": ao1, "ao1_ci": [ao1, ao1], "ao1_random": random}
-    part |= {"ao": ao1, "ao_ci": [ao1, ao1], "ao_random": random}
-    return {"k": 10, "gallery": 9, "kinds": {"synonym": part}}
-
-
-@pytest.mark.parametrize("value", [0.25, 0.75])
-def test_bars_are_as_high_as_values(tmp_path, value):
-    figure.draw_summary(tmp_path / "x.png", {"old": report(value, 0.1), "new": report(value, 0.1)})
-    rows = pixels_of(tmp_path / "x.png", figure.BARS[1])[:, 0]
-    rows = rows[rows < 480]  # without the legend
-    floor = pixels_of(tmp_path / "x.png", figure.FLOOR)[:, 0]
-    floor = floor[floor < 482]
-    assert floor.max() - rows.min() == pytest.approx(330 * value, abs=3)
-    assert floor.max() - floor.min() == pytest.approx(33, abs=2)
-
-
 def test_corners_are_transparent(tmp_path):
-    figure.draw_summary(tmp_path / "x.png", {"new": report(0.5)})
+    draw(tmp_path / "x.png", {"new": [record()]})
     image = Image.open(tmp_path / "x.png")
     assert image.getpixel((0, 0))[3] == 0 and image.getpixel((99, 99))[3] == 255

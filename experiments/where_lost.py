@@ -36,16 +36,16 @@ def overlap_by_kind(model, split: Path) -> dict[str, float]:
     """
     index = data.ShardIndex(str(split))
     captions = [index.captions(i)[0] for i in range(len(index))]
-    pairs = evaluation.read_pairs(split / "pairs.jsonl")
+    pairs = [pair for pair in evaluation.read_pairs(split / "pairs.jsonl") if pair.same]
     gallery = evaluation.embed_texts(model, captions, EMBED_CONFIG)
     ranked = {}
     for side in ("query", "paraphrase"):
-        queries = evaluation.embed_texts(model, [pair[side] for pair in pairs], EMBED_CONFIG)
+        queries = evaluation.embed_texts(model, [getattr(pair, side) for pair in pairs], EMBED_CONFIG)
         ranked[side] = evaluation.rankings(queries, gallery, 10)
     overlaps = evaluation.average_overlap(ranked["query"], ranked["paraphrase"])
     found = {}
-    for kind in dict.fromkeys(pair["kind"] for pair in pairs):
-        of_kind = [pair["kind"] == kind for pair in pairs]
+    for kind in dict.fromkeys(pair.kind for pair in pairs):
+        of_kind = [pair.kind == kind for pair in pairs]
         found[f"AO@10 {kind or 'all pairs'}, captions"] = 100 * overlaps[of_kind].mean()
     return found
 
@@ -71,8 +71,8 @@ def without_training(run: Path, split: Path, sts: str, triplets: list[str]) -> d
     cfg = evaluation.EvalConfig(sts=sts, triplets=triplets)
     results = {}
     if sts:
-        results.update(evaluation.STS(cfg).measure(model, None, cfg))
+        results.update(evaluation.STS(cfg, None).measure(model, None, cfg))
     if triplets:
-        results.update(evaluation.Triplets(cfg).measure(model, None, cfg))
+        results.update(evaluation.Triplets(cfg, None).measure(model, None, cfg))
     found.update(text_columns(evaluation.to_json(evaluation.estimate(results, cfg.seed))))
     return found
