@@ -1467,6 +1467,14 @@ def test_the_text_part_alone_has_the_whole_models_states(tmp_path, kind):
     assert count < sum(p.numel() for p in whole.parameters())
 
 
+@torch.no_grad()
+def test_the_width_is_the_states_own(tmp_path):
+    # As OPT with 350 million weights, which projects its states to half of the width.
+    lm = write_lm(tmp_path, "opt", hidden_size=32, word_embed_proj_dim=16)
+    assert build(lm).text_tower.lm_states(build(lm).tokenize([SHORT])).shape[-1] == 16
+    assert build(lm).encode_text([SHORT]).shape == (1, TINY["embed_dim"])
+
+
 def test_only_the_text_parts_weights_must_be_there(tmp_path):
     """Of T5, many publish the encoder alone."""
     lm = write_lm(tmp_path, "t5", **PARTS["t5"])
