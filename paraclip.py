@@ -64,7 +64,7 @@ class Config:
     text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))
     lm: str = flag(
-        MINILM, "language model: Hugging Face name or folder of an encoder or decoder")
+        MINILM, "language model: Hugging Face name or folder; of several parts, the one of text")
     align_layers: int = flag(1, "transformer layers on the frozen states", low=1)
     pool: str = flag("max", "over a caption's token states; model: as the language model's own "
                             "folder of sentence-transformers says",
