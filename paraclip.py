@@ -70,7 +70,7 @@ class Config:
     text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))
     lm: str = flag(
-        MINILM, "language model: Hugging Face name or folder of an encoder or decoder")
+        MINILM, "language model: Hugging Face name or folder; of several parts, the one of text")
     align_layers: int = flag(1, "transformer layers on the frozen states", low=1)
     pool: str = flag("max", "over a caption's token states; model: as the language model's own "
                             "folder of sentence-transformers says",
@@ -343,13 +343,11 @@ class TextTower(nn.Module):
         return self.pool(x, mask)
 
     def describe(self) -> str:
-        """What a reader should see once: a caption's tokens, since its end token may be missing."""
+        """For a reader to see that no start or end token is missing, and what is trained."""
         tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a dog")["input_ids"])
-        line = f"language model: 'a dog' is {' '.join(tokens)}"
-        unused = sum(not p.requires_grad for p in self.lm.parameters())
-        if unused and not self.frozen:
-            line += f"; {unused} weights that its states do not depend on are frozen"
-        return line
+        trained = [p.requires_grad for p in self.lm.parameters()]
+        return (f"language model: 'a dog' is {' '.join(tokens)}; {sum(trained)} of its "
+                f"{len(trained)} tensors are trained, the others frozen")
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
