@@ -458,6 +458,8 @@ def list_plain(file) -> list[tuple[str, int, int]]:
                 dates = extended
             header = window[start + 2 * BLOCK:start + 3 * BLOCK]
             position += 2 * BLOCK
+            if header[156:157] == b"x":
+                raise ValueError("two extended headers in a row")
         size = int(header[124:135], 8)
         if size < 0:
             raise ValueError("a header that leads backwards")
