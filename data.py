@@ -458,6 +458,8 @@ def list_plain(file) -> list[tuple[str, int, int]]:
                 dates = extended
             header = window[start + 2 * BLOCK:start + 3 * BLOCK]
             position += 2 * BLOCK
+            if header[156:157] == b"x":
+                raise ValueError("two extended headers in a row")
         size = int(header[124:135], 8)
         if size < 0:
             raise ValueError("a header that leads backwards")
@@ -494,10 +496,10 @@ def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, 
     names = b"\0".join(fields["name"].tolist()).decode("utf-8", "surrogateescape").split("\0")
     kinds = fields["kind"].tolist()
     # A checksum is the sum of all bytes, its own being counted as spaces.
-    others = blocks.sum(axis=1, dtype=int) - blocks[:, 148:156].sum(axis=1, dtype=int)
+    others = blocks.sum(axis=1, dtype=np.int32) - blocks[:, 148:156].sum(axis=1, dtype=np.int32)
     checksums = [b"%06o\0 " % (total + 8 * ord(" ")) for total in others.tolist()]
     # The first part of a long name may be at the prefix, where GNU tar's backups have a date.
-    is_plain = (np.isin(fields["after size"], [b"", b" "])
+    is_plain = (((fields["after size"] == b"") | (fields["after size"] == b" "))
                 & ((fields["prefix"] == b"") | (fields["magic"] == b"ustar  ")))
     # Files, empty files, folders, dates, and folders in GNU tar's backups.
     known = {(b"0", True), (b"0", False), (b"5", False), (b"x", True), (b"D", True)}
@@ -635,10 +637,12 @@ def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):
 def place_of(sample: dict, kinds, absent: str) -> tuple[int, int]:
     """Where the first of these kinds of members lies. Raises BadSample, with `absent` if the sample
     has none of them."""
-    place = next((sample[kind] for kind in kinds if kind in sample), absent)
-    if isinstance(place, str):
-        raise BadSample(place)
-    return place
+    for kind in kinds:
+        if kind in sample:
+            if isinstance(sample[kind], str):
+                raise BadSample(sample[kind])
+            return sample[kind]
+    raise BadSample(absent)
 
 
 def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> tuple:
@@ -680,11 +684,13 @@ def read_range(path: str, offset: int, size: int) -> bytes:
 
 def read_from(file, offset: int, size: int) -> bytes:
     """The same of an open file."""
-    with contextlib.suppress(OSError):
+    try:
         content = os.pread(file.fileno(), size, offset)
-        if len(content) == size:
-            return content
-    raise BadSample("unreadable shard")
+    except OSError:
+        raise BadSample("unreadable shard") from None
+    if len(content) < size:
+        raise BadSample("unreadable shard")
+    return content
 
 
 def fix_surrogates(text: str) -> str:
@@ -720,11 +726,11 @@ def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
                 words = fix_surrogates(text[:MAX_CAPTION]).split()
                 if words:
                     captions.append(" ".join(words))
+    if captions:
+        return captions
     if record.keys().isdisjoint(caption_keys):
         raise BadSample(f"no {' or '.join(caption_keys)} in .json")
-    if not captions:
-        raise BadSample("empty caption")
-    return captions
+    raise BadSample("empty caption")
 
 
 # ---- images: decoding and cropping ---------------------------------------------------------------
