@@ -1,6 +1,7 @@
 # A token added to CLIP's vocabulary becomes the position that the caption's feature is taken from.
 #
-# Guess: the feature is the state of the end-of-text token, and a new token is a word like any other.
+# Guess: the feature is the state of the end-of-text token, and a new token is a word like any
+#     other.
 # Seen: in the configuration that the first CLIP checkpoints carry (eos_token_id 2), transformers
 #     takes the state at the largest token number. A new token is larger than end-of-text, so that
 #     the causal tower never reads what follows: "<new> dog" and "<new> cat" get one feature.
