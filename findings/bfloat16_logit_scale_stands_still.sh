@@ -6,8 +6,7 @@
 #     apart; each step is rounded away, and the parameter is the same after 2,000 steps.
 # Versions: torch 2.14.1, torch.optim.AdamW.
 # Why it matters: a dual encoder trained wholly in bfloat16 keeps its initial temperature in
-#     silence, as if it were frozen. Small weights of the towers do move, so that the loss still
-#     falls.
+#     silence, as if it were frozen. Small weights of the towers do move, which hides it.
 source "$(dirname "$0")/lib.sh"
 install torch==2.14.1
 observe <<'PY'

@@ -6,8 +6,8 @@
 #     takes the state at the largest token number. A new token is larger than end-of-text, so that
 #     the causal tower never reads what follows: "<new> dog" and "<new> cat" get one feature.
 # Versions: transformers 5.24.0, torch 2.14.1; random weights.
-# Why it matters: learned words and prompts are added in this way. Training runs, the loss falls
-#     less, and captions that differ only after the new word become exactly equal.
+# Why it matters: learned words and prompts are added in this way. Captions that differ only after
+#     the new word get exactly equal features, and no error tells.
 source "$(dirname "$0")/lib.sh"
 install transformers==5.24.0 torch==2.14.1
 observe <<'PY'
