@@ -8,7 +8,7 @@
 # Why it matters: Conceptual Captions and its like are such lists, unquoted. The lost images are
 #     never counted, and one caption is a list of other images' captions.
 source "$(dirname "$0")/lib.sh"
-install open_clip_torch==3.3.0 pandas==3.0.6 torch==2.14.1 torchvision==0.29.1
+install "open_clip_torch[training]==3.3.0" pandas==3.0.6 torch==2.14.1 torchvision==0.29.1
 observe <<'PY'
 from open_clip_train.data import CsvDataset
 from PIL import Image
