@@ -1,8 +1,8 @@
 # transformers ignores add_eos_token in tokenizer_config.json, and obeys it as an argument.
 #
 # Guess: a setting means the same in tokenizer_config.json and as an argument of from_pretrained.
-# Seen: with a tokenizer.json beside it, "add_eos_token": true of the file has no effect and gives no
-#     warning; from_pretrained(..., add_eos_token=True) of the same folder adds the token.
+# Seen: with a tokenizer.json beside it, "add_eos_token": true of the file has no effect and gives
+#     no warning; from_pretrained(..., add_eos_token=True) of the same folder adds the token.
 # Versions: transformers 5.24.0, tokenizers 0.23.3.
 # Why it matters: text towers made of decoder language models take a caption's feature from the end
 #     token. Without it the feature is that of the last word, and no error tells.

@@ -5,8 +5,8 @@
 # Seen: in float32 it moves by 1.0. In bfloat16 numbers near CLIP's initial log(1 / 0.07) are 1/64
 #     apart; each step is rounded away, and the parameter is the same after 2,000 steps.
 # Versions: torch 2.14.1, torch.optim.AdamW.
-# Why it matters: a dual encoder trained wholly in bfloat16 keeps its initial temperature in silence,
-#     as if it were frozen. Small weights of the towers do move, so that the loss still falls.
+# Why it matters: a dual encoder trained wholly in bfloat16 keeps its initial temperature in
+#     silence, as if it were frozen. Small weights of the towers do move, which hides it.
 source "$(dirname "$0")/lib.sh"
 install torch==2.14.1
 observe <<'PY'

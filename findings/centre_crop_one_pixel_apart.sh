@@ -5,8 +5,8 @@
 #     (torchvision's CenterCrop) cuts from column 56 on, transformers from column 55 on. All pixels
 #     agree once one crop is moved by one column; 640 x 480, with an even margin, agrees at once.
 # Versions: open_clip_torch 3.3.0, transformers 5.24.0, Pillow 13.0.0, torchvision 0.29.1.
-# Why it matters: 640 x 427 is frequent in COCO and Flickr30k. Features of the same weights differ
-#     between the libraries on these images only, which looks like noise of the arithmetic.
+# Why it matters: 640 x 427 is frequent in COCO. Features of the same weights differ between the
+#     libraries on these images only, which looks like noise of the arithmetic.
 source "$(dirname "$0")/lib.sh"
 install open_clip_torch==3.3.0 transformers==5.24.0 torch==2.14.1 torchvision==0.29.1 pillow==13.0.0
 observe <<'PY'

@@ -1,12 +1,13 @@
 # A token added to CLIP's vocabulary becomes the position that the caption's feature is taken from.
 #
-# Guess: the feature is the state of the end-of-text token, and a new token is a word like any other.
+# Guess: the feature is the state of the end-of-text token, and a new token is a word like any
+#     other.
 # Seen: in the configuration that the first CLIP checkpoints carry (eos_token_id 2), transformers
 #     takes the state at the largest token number. A new token is larger than end-of-text, so that
 #     the causal tower never reads what follows: "<new> dog" and "<new> cat" get one feature.
 # Versions: transformers 5.24.0, torch 2.14.1; random weights.
-# Why it matters: learned words and prompts are added in this way. Training runs, the loss falls
-#     less, and captions that differ only after the new word become exactly equal.
+# Why it matters: learned words and prompts are added in this way. Captions that differ only after
+#     the new word get exactly equal features, and no error tells.
 source "$(dirname "$0")/lib.sh"
 install transformers==5.24.0 torch==2.14.1
 observe <<'PY'

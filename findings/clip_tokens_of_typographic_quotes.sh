@@ -2,8 +2,8 @@
 #
 # Guess: one vocabulary and one list of merges give one sequence of tokens.
 # Seen: open_clip first repairs the text with ftfy and resolves HTML entities, so that the curly
-#     apostrophe becomes a plain one and "&amp;" becomes "&"; transformers takes them as they are. Of
-#     a caption with a curly apostrophe the token "'s" becomes three other tokens.
+#     apostrophe becomes a plain one and "&amp;" becomes "&"; transformers takes them as they are.
+#     Of a caption with a curly apostrophe the token "'s" becomes three other tokens.
 # Versions: open_clip_torch 3.3.0 (whose own merges both tokenizers use here), transformers 5.24.0,
 #     tokenizers 0.23.3, ftfy 6.3.1.
 # Why it matters: web captions are full of both. A model trained through one library meets tokens

@@ -2,13 +2,13 @@
 #
 # Guess: a tab-separated file has one pair of image and caption in each line.
 # Seen: a caption that begins with a quote and does not end with one takes in all lines up to the
-#     next quote, tabs and file names included: five lines become three samples. Quotes around a whole
-#     caption vanish, and the caption "None" is trained on as the text "nan".
+#     next quote, tabs and file names included: five lines become three samples. Quotes around a
+#     whole caption vanish, and the caption "None" is trained on as the text "nan".
 # Versions: open_clip_torch 3.3.0 (its open_clip_train.data.CsvDataset), pandas 3.0.6.
 # Why it matters: Conceptual Captions and its like are such lists, unquoted. The lost images are
 #     never counted, and one caption is a list of other images' captions.
 source "$(dirname "$0")/lib.sh"
-install open_clip_torch==3.3.0 pandas==3.0.6 torch==2.14.1 torchvision==0.29.1
+install "open_clip_torch[training]==3.3.0" pandas==3.0.6 torch==2.14.1 torchvision==0.29.1
 observe <<'PY'
 from open_clip_train.data import CsvDataset
 from PIL import Image

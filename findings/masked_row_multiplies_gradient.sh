@@ -6,7 +6,7 @@
 #     rebuilds the weights from a float32 logarithm in which log T vanishes beside 1e9, so that each
 #     weight is 1 and not 1 / T. A boolean mask and -inf give zero output and zero gradient.
 # Versions: torch 2.14.1, float32.
-# Why it matters: -1e9 is the usual mask of hand-written text towers. One empty caption in a batch
+# Why it matters: -1e9 is a common mask of hand-written text towers. One empty caption in a batch
 #     then counts T times in the gradient of the projections, and the loss shows nothing.
 source "$(dirname "$0")/lib.sh"
 install torch==2.14.1

@@ -42,7 +42,7 @@ for name, extra in settings.items():
         features.append(states[0, :8].mean(0))
     alike = [torch.cosine_similarity(features[0], other, dim=0).item() for other in features[1:]]
     changed.append(min(alike) < 0.9999)
-    print(f"{name}: cosine to no padding {alike[0]:.4f} with 8, {alike[1]:.4f} with 56 padded tokens")
+    print(f"{name}: cosine to no padding {alike[0]:.4f} with 8, {alike[1]:.4f} with 56 pads")
 if changed != [False, True, True, True]:
     raise SystemExit("changed: all but BERT moved with the padding")
 PY

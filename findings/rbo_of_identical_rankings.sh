@@ -1,13 +1,13 @@
-# The package rbo gives two identical top-10 lists 0.65 of 1, and a different default to no p at all.
+# The package rbo gives two identical top-10 lists 0.65 of 1 with p = 0.9, and 1 without a p.
 #
 # Guess: rank-biased overlap of a ranking with itself is 1, whatever p and the length of the list.
 # Seen: with p = 0.9 it is 0.65 for ten results and 0.10 for one, since the method sums only what it
 #     sees of an infinite ranking; 1.0 comes from rbo_ext, or without p, which means no bias at all.
-# Versions: rbo 0.1.3, numpy 2.4.6.
+# Versions: rbo 0.1.3.
 # Why it matters: the similarity of a query's and its paraphrase's results is the number that a
 #     robust text tower is judged by. Its ceiling here is the length of the list, not the model.
 source "$(dirname "$0")/lib.sh"
-install rbo==0.1.3 numpy==2.4.6
+install rbo==0.1.3
 observe <<'PY'
 from rbo import RankingSimilarity
 

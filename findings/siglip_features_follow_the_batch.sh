@@ -3,11 +3,11 @@
 # Guess: a SigLIP folder opened by SentenceTransformer gives the features of the same folder in
 #     transformers, whatever is encoded beside a caption.
 # Seen: SigLIP takes its feature from the last position and was trained with every caption padded to
-#     full length. sentence-transformers pads to the longest caption of a batch, or not at all for one
-#     alone: three different features of one caption.
+#     full length. sentence-transformers pads to the longest caption of a batch, or not at all for
+#     one alone: three different features of one caption.
 # Versions: sentence-transformers 6.2.0, transformers 5.24.0, torch 2.14.1; random weights.
-# Why it matters: the model works, but worse than published, and its scores depend on the batch size;
-#     a query encoded alone is compared with texts that were encoded otherwise.
+# Why it matters: the features are not those that the model was trained for, and they depend on the
+#     batch size; a query encoded alone is compared with texts that were encoded otherwise.
 source "$(dirname "$0")/lib.sh"
 install sentence-transformers==6.2.0 transformers==5.24.0 torch==2.14.1 torchvision==0.29.1 \
     pillow==13.0.0

@@ -5,8 +5,8 @@
 #     With detshuffle=True the order changes with the epoch, unless workers start anew each epoch:
 #     then their count of epochs starts anew too, and the order stands still again.
 # Versions: webdataset 1.0.2, torch 2.14.1, numpy 2.4.6.
-# Why it matters: with large shards the order of shards is most of the shuffling. The same captions
-#     meet as negatives of each other in every epoch, and nothing fails.
+# Why it matters: with large shards the order of shards is most of the shuffling. Much the
+#     same captions meet as negatives of each other in every epoch, and nothing fails.
 source "$(dirname "$0")/lib.sh"
 install webdataset==1.0.2 torch==2.14.1 numpy==2.4.6
 observe <<'PY'

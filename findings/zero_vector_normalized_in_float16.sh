@@ -3,8 +3,8 @@
 # Guess: the eps of F.normalize and F.cosine_similarity keeps a zero vector finite.
 # Seen: the eps of both, 1e-12 and 1e-8, is itself 0 in float16, so that zeros are divided by zero.
 # Versions: torch 2.14.1.
-# Why it matters: one empty feature (a caption of padding alone, a dead projection) makes a column of
-#     the scores NaN; the loss of the whole batch follows, and a ranking puts NaN first.
+# Why it matters: one empty feature (a caption of padding alone, a dead projection) makes a column
+#     of the scores NaN; the loss of the whole batch follows, and torch ranks NaN first.
 source "$(dirname "$0")/lib.sh"
 install torch==2.14.1
 observe <<'PY'
