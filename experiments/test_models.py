@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import eval_paraphrase as ev
+from common.cli import UserError
 from test_paraclip import WORDS, save_hugging_face_model
 
 HERE = Path(__file__).parent
@@ -74,6 +75,31 @@ def test_sentence_transformer_features_are_its_own(tmp_path, monkeypatch):
     torch.testing.assert_close(images, own, atol=1e-5, rtol=0)
     own_texts = torch.from_numpy(np.concatenate([model.encode([text]) for text in TEXTS]))
     torch.testing.assert_close(texts, own_texts, atol=1e-5, rtol=0)
+
+
+def test_sentence_transformers_siglip_is_padded_and_opens_no_file(tmp_path, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, "[PAD]", "[UNK]", "[CLS]", "[SEP]"]))
+    model = save_hugging_face_model(tmp_path / "siglip", "Siglip", str(tmp_path))
+    monkeypatch.setenv("SENTENCE_TRANSFORMER", str(tmp_path / "siglip"))
+    monkeypatch.chdir(tmp_path)
+    some_images()[0].save("cat.png")
+    texts = ["a dog", "cat.png", "A red circle left of a cat"]
+    ours = ev.open_model(f"{HERE}/sentence_transformer_model.py:Model", ev.EvalConfig(device="cpu"))
+    tokenizer = sentence_transformers.SentenceTransformer(str(tmp_path / "siglip")).tokenizer
+    for text, feature in zip(texts, ours.encode_text(texts)):
+        tokens = tokenizer([text.lower()], padding="max_length", max_length=12, return_tensors="pt")
+        with torch.no_grad():
+            own = model.get_text_features(tokens["input_ids"]).pooler_output[0]
+        torch.testing.assert_close(torch.from_numpy(feature), own, atol=1e-5, rtol=0)
+
+
+def test_open_clip_without_weights_is_refused(monkeypatch):
+    pytest.importorskip("open_clip")
+    monkeypatch.setenv("OPEN_CLIP_MODEL", "ViT-B-32-quickgelu")
+    monkeypatch.delenv("OPEN_CLIP_PRETRAINED", raising=False)
+    with pytest.raises(UserError, match="random weights.*laion400m_e32"):
+        ev.open_model(f"{HERE}/open_clip_model.py:OpenCLIP", ev.EvalConfig(device="cpu"))
 
 
 def test_documented_line_writes_imagenet_files(tmp_path, monkeypatch):
