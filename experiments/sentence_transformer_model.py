@@ -19,7 +19,8 @@ class Model:
         self.padding = {}
         config = getattr(self.model[0], "config", None)
         if getattr(config, "model_type", "").startswith("siglip"):
-            # As it was trained; by default, features would change with a text's neighbours.
+            # As it was trained, as in eval_paraphrase.py; padded to the longest text, features would
+            # change with a text's neighbours.
             self.padding = {"text": {"padding": "max_length", "return_attention_mask": False,
                                      "max_length": config.text_config.max_position_embeddings}}
 
@@ -32,5 +33,5 @@ class Model:
 
     def encode_text(self, texts):
         # As dicts, since a plain text that is the name of a file would be opened as an image.
-        texts = [{"text": text} for text in texts]
+        texts = [{"text": text.lower() if self.padding else text} for text in texts]
         return self.model.encode(texts, show_progress_bar=False, processing_kwargs=self.padding)
