@@ -8,8 +8,6 @@ SENTENCE_TRANSFORMER is a name or a folder.
 
 import os
 
-import numpy as np
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 

@@ -143,8 +143,9 @@ def blip_2(text_kind, tokenizer):
     tokenizer = train_tokenizer(tokenizer)
     text = getattr(transformers, f"{text_kind}Config")(
         # The processor adds a token for the image.
-        **text_size(tokenizer, vocab_size=len(tokenizer) + 1, word_embed_proj_dim=32, ffn_dim=32, d_model=32, d_kv=16, d_ff=32,
-                    num_layers=2, num_heads=2, decoder_start_token_id=0))
+        **text_size(tokenizer, vocab_size=len(tokenizer) + 1, word_embed_proj_dim=32, ffn_dim=32,
+                    d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2,
+                    decoder_start_token_id=0))
     config = transformers.Blip2Config(
         text_config=text.to_dict(), vision_config=VISION, num_query_tokens=4, image_token_index=3,
         qformer_config=SIZE)
