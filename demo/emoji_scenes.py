@@ -295,6 +295,30 @@ def rephrase(scene_emoji: list[Emoji], layout: str, template: str, wording: str,
     return paraphrases
 
 
+# Kinds of pairs that change the meaning.
+#   side swapped   the same names in the same order, and the opposite relation between them
+#   name replaced  one name is that of an emoji that is not in the scene
+CHANGED_KINDS = ("side swapped", "name replaced")
+
+
+def change_meaning(scene_emoji: list[Emoji], layout: str, template: str, wording: str,
+                   emoji_list: list[Emoji], rng: random.Random) -> dict[str, str]:
+    """{kind: what the scene does not show, in the words of its caption but for one}."""
+    names = [emoji.name for emoji in scene_emoji]
+    changed = {}
+    for other_wording in WORDINGS[layout]:
+        if other_wording != wording:
+            # The other wording turns the names' order, and reversed names turn it back.
+            changed["side swapped"] = caption_of(template, other_wording, names[::-1])
+    said = " ".join([*names, *[emoji.second_name or "" for emoji in scene_emoji]])
+    other = said
+    while share_a_word(other, said):
+        other = rng.choice(emoji_list).name
+    names[rng.randrange(len(names))] = other
+    changed["name replaced"] = caption_of(template, wording, names)
+    return changed
+
+
 # ---- scenes and shards ---------------------------------------------------------------------------
 SCENES_PER_SHARD = 2_000
 
@@ -332,8 +356,8 @@ def write_split(folder: Path, scenes: list, emoji_list: list[Emoji], glyphs: lis
                 rng: random.Random):
     """Writes the shards of the scenes; for a gallery also its pairs.jsonl and zeroshot.json."""
     folder.mkdir(parents=True)
-    # Training captions have random numbers of their own: their templates change no image.
-    words_rng = random.Random(0)
+    # Training captions and changed meanings have random numbers of their own: they change no image.
+    words_rng, changes_rng = random.Random(0), random.Random(0)
     pairs, labels = [], {}
     for shard in range(math.ceil(len(scenes) / SCENES_PER_SHARD)):
         first = shard * SCENES_PER_SHARD
@@ -358,9 +382,16 @@ def write_split(folder: Path, scenes: list, emoji_list: list[Emoji], glyphs: lis
                                   "kind": kind})
                 if layout == "single":
                     labels[key] = indices[0]
+                if folder.name == "train":
+                    continue
+                changed = change_meaning(scene_emoji, layout, template, wording, emoji_list,
+                                         changes_rng)
+                for kind, other_meaning in changed.items():
+                    pairs.append({"query": caption, "paraphrase": other_meaning, "image": key,
+                                  "kind": kind, "same": False})
     if folder.name != "train":
         # By kind, since the kind of the first pair is the headline.
-        pairs.sort(key=lambda pair: KINDS.index(pair["kind"]))
+        pairs.sort(key=lambda pair: (*KINDS, *CHANGED_KINDS).index(pair["kind"]))
         lines = [json.dumps(pair) + "\n" for pair in pairs]
         (folder / "pairs.jsonl").write_text("".join(lines))
         zeroshot = {"classnames": [emoji.name for emoji in emoji_list], "labels": labels}
@@ -392,28 +423,45 @@ def write_emoji(root: Path, train: int = 12_000, gallery: int = 2_000):
         write_split(root / split, scenes, emoji_list, glyphs, rng)
 
 
+# To be raised whenever `write_emoji` writes other files than before: older sets are drawn anew.
+VERSION = "2"
+
+
 def emoji_folder() -> Path:
-    """The folder with the splits train, val and test, drawn when first asked for (ten seconds)."""
+    """The folder with the splits train, val and test, drawn when first asked for (ten seconds), or
+    when the folder holds an older version of them."""
     folder = data_folder("emoji")
+
+    def is_complete() -> bool:
+        version = folder / "version.txt"
+        return version.is_file() and version.read_text() == VERSION
+
     # It was moved into place as a whole, and may be on a disk where nothing can be written.
-    if (folder / "train").is_dir():
+    if is_complete():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of processes that start together one draws, and the others wait.
         with FileLock(f"{folder}.lock"):
-            if (folder / "train").is_dir():
+            if is_complete():
                 return folder
-            if folder.exists() and any(folder.iterdir()):
+            names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+            if names - {"train", "val", "test", "version.txt"}:
                 raise UserError(f"{folder} holds other files than the emoji set, which has train, "
                                 "val and test: move it away, or set PARACLIP_DATA to another "
                                 "folder")
             print(f"drawing the emoji scenes into {folder} ...", file=sys.stderr)
             unfinished = folder.with_name(".emoji.paraclip-tmp")
+            older = folder.with_name(".emoji.paraclip-old")
             # Left behind by a drawing that was killed.
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for left_behind in (unfinished, older):
+                shutil.rmtree(left_behind, ignore_errors=True)
             write_emoji(unfinished)
+            (unfinished / "version.txt").write_text(VERSION)
+            if names:
+                os.replace(folder, older)
             os.replace(unfinished, folder)
+            shutil.rmtree(older, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the emoji set to {folder}: {error.strerror or error}; set "
                         "PARACLIP_DATA to a folder that can be written") from None

@@ -108,10 +108,10 @@ def choose_pairs(details: dict[str, list[dict]]) -> tuple[list[int], str]:
     return [candidates[order[place]] for place in places], rule
 
 
-def draw_pairs(path, gallery, details: dict[str, list[dict]], k: int, open_image):
+def draw_pairs(path, images: dict, count: int, details: dict[str, list[dict]], k: int, open_image):
     """Writes the PNG of some pairs, see choose_pairs.
 
-    gallery.images: {image name: what open_image opens as a Pillow image}.
+    images: {name: what open_image opens as a Pillow image}; count: how many could be searched.
     """
     chosen, rule = choose_pairs(details)
     block = 2 * (THUMB + GAP) + 84
@@ -133,7 +133,7 @@ def draw_pairs(path, gallery, details: dict[str, list[dict]], k: int, open_image
             x = MARGIN + TEXT_WIDTH
             for name in record[f"{text}_ranking"][:COLUMNS]:
                 try:
-                    image = open_image(gallery.images[name])
+                    image = open_image(images[name])
                 except (BadSample, OSError):
                     # Ranked lists may name an image that cannot be read.
                     image = Image.new("RGB", (1, 1), PALE)
@@ -154,7 +154,7 @@ def draw_pairs(path, gallery, details: dict[str, list[dict]], k: int, open_image
         card.check(MARGIN + 280, y + 4)
         card.text(MARGIN + 326, y + 4, "correct image", 27)
     y += 56
-    note = f"{rule} Gallery of {len(gallery.names):,} images.".strip()
+    note = f"{rule} Gallery of {count:,} images.".strip()
     card.text(MARGIN, y, note, 22, fill=GRAY, width=WIDTH - 2 * MARGIN, lines=3)
     lines = len(wrap(note, ImageFont.load_default(size=22), WIDTH - 2 * MARGIN, 3))
     card.save(path, int(y + 29 * lines + MARGIN - 14))

@@ -130,6 +130,37 @@ def test_template_pairs_are_no_training_captions(scenes):
         assert sorted(names_in(pair["paraphrase"])) == sorted(names_in(pair["query"]))
 
 
+def without_names(caption: str, names: list[str]) -> str:
+    for name in sorted(names, key=len, reverse=True):
+        caption = caption.replace(name, "#", 1)
+    return re.sub(r"\ban? #", "#", caption)
+
+
+def test_changed_meanings_come_last_and_change_it(scenes):
+    turned = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    lines = [json.loads(line) for line in (scenes / "test/pairs.jsonl").read_text().splitlines()]
+    changed = [pair for pair in lines if not pair.get("same", True)]
+    assert [pair["kind"] for pair in changed] == 500 * ["side swapped"] + 1000 * ["name replaced"]
+    assert lines[-len(changed):] == changed and lines[0]["kind"] == "synonym"
+    captions = captions_in(scenes / "test")
+    for pair in changed:
+        query, other = pair["query"], pair["paraphrase"]
+        assert captions[pair["image"]] == query
+        names, other_names = names_in(query), names_in(other)
+        if pair["kind"] == "side swapped":
+            differing = [words for words in zip(query.split(), other.split(), strict=True)
+                         if words[0] != words[1]]
+            assert other_names == names and len(differing) == 1
+            assert turned[differing[0][0]] == differing[0][1]
+        else:
+            new, = set(other_names) - set(names)
+            assert sum(a != b for a, b in zip(names, other_names, strict=True)) == 1
+            said = [*names, *[SECOND_NAMES[name] for name in names if name in SECOND_NAMES]]
+            assert not any(emoji_scenes.share_a_word(new, name) for name in said)
+            # Nothing else differs than that name and its article.
+            assert without_names(query, names) == without_names(other, other_names)
+
+
 def test_labels_name_the_single_emoji(scenes):
     zeroshot = json.loads((scenes / "test/zeroshot.json").read_text())
     expected = {}
@@ -233,6 +264,20 @@ def test_a_complete_set_is_only_read(folder, monkeypatch):
     # It may lie where nothing can be written, not even a lock.
     monkeypatch.setattr(emoji_scenes, "FileLock", lambda path: pytest.fail("locked"))
     assert emoji_scenes.emoji_folder() == folder
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_an_older_set_is_drawn_anew(folder, version):
+    (folder / "train").mkdir(parents=True)
+    (folder / "train/00000.tar").write_text("old")
+    # Left behind by a kill between two renamings.
+    (folder.parent / ".emoji.paraclip-old/train").mkdir(parents=True)
+    if version:
+        (folder / "version.txt").write_text(version)
+    assert emoji_scenes.emoji_folder() == folder
+    assert not (folder / "train/00000.tar").exists()
+    assert (folder / "version.txt").read_text() == emoji_scenes.VERSION
+    assert {path.name for path in folder.parent.iterdir()} == {"emoji", "emoji.lock"}
 
 
 def test_somebodys_folder_is_left_alone(folder):

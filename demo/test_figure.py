@@ -1,7 +1,5 @@
 """Tests of the figure: which pairs are drawn, and what is marked."""
 
-from argparse import Namespace
-
 import numpy as np
 from PIL import Image, ImageColor, ImageFont
 
@@ -24,7 +22,7 @@ def draw(path, details: dict, images=IMAGES):
         if pixels is None:
             raise OSError("no such file")
         return Image.fromarray(pixels)
-    figure.draw_pairs(path, Namespace(images=images, names=list(images)), details, 10, open_image)
+    figure.draw_pairs(path, images, 4, details, 10, open_image)
 
 
 def chosen(details: dict) -> list[int]:

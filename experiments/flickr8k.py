@@ -29,6 +29,14 @@ words    a content word is replaced, added or left out: "a black dog is leaping"
 order    the same content words (but one, at most) in another order: "the dog is catching a ball" /
          "a ball is being caught by the dog", "a child, who is young" / "a young child"
 article  the same content words in the same order; function words differ: "a dog" / "the dog"
+
+Test also has pairs that change the meaning ("same": false): two sentences made from captions of
+exactly one common image, which contradict each other,
+opposite: negation  one with a negation: "there is no boy on the swing" / "a boy is on the swing"
+opposite: words     both without: "a boy is jumping into an empty pool" / "... a full pool"
+or of which neither entails or contradicts the other,
+opposite: roles     the same content words, endings and all, in other roles:
+                    "a boy is watching a family" / "a family is watching a boy"
 """
 
 import csv
@@ -53,6 +61,7 @@ from demo.emoji_scenes import add_member
 SHARD_SIZE = 2_000  # images a tar
 SHORTER_SIDE = 256  # pixels; an image that is larger is made smaller
 KINDS = ("words", "order", "article")  # the first is the headline
+OPPOSITES = ("opposite: negation", "opposite: words", "opposite: roles")
 
 FUNCTION_WORDS = set("""
     a an the this that these those some there it its his her he she him they their them one s
@@ -118,22 +127,38 @@ def kind_of(first: str, second: str) -> str:
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
+def opposite_kind(row: dict) -> str:
+    """Kind of two sentences that do not mean the same, by the rule above; "" if they may."""
+    texts = [row["sentence_A"], row["sentence_B"]]
+    relations = row["entailment_AB"], row["entailment_BA"]
+    if relations == ("A_contradicts_B", "B_contradicts_A"):
+        negated = NEGATION.search(" ".join(texts).lower())
+        return "opposite: negation" if negated else "opposite: words"
+    first, second = [Counter(words_of(text)) for text in texts]
+    differing = (first - second) | (second - first)
+    if relations == ("A_neutral_B", "B_neutral_A") and differing.keys() <= FUNCTION_WORDS:
+        return "opposite: roles"
+    return ""
+
+
 def test_pairs(sick: list[dict], images_of: dict[str, set]) -> list[dict]:
     """The pairs of test; images_of: {squeezed caption: images}."""
     pairs = []
     for row in sick:
         texts = [row["sentence_A"].strip(), row["sentence_B"].strip()]
+        common = (images_with([row["sentence_A_original"]], images_of)
+                  & images_with([row["sentence_B_original"]], images_of))
+        if len(common) != 1:
+            continue
+        pair = {"query": texts[0], "paraphrase": texts[1]}
+        if kind := opposite_kind(row):
+            # The image may show what either of the two says, or neither.
+            pairs.append(pair | {"group": Path(min(common)).stem, "kind": kind, "same": False})
         entailed = (row["entailment_AB"], row["entailment_BA"]) == ("A_entails_B", "B_entails_A")
         if not entailed or float(row["relatedness_score"]) < 4.5:
             continue
-        if NEGATION.search(" ".join(texts).lower()):
-            continue
-        common = (images_with([row["sentence_A_original"]], images_of)
-                  & images_with([row["sentence_B_original"]], images_of))
-        kind = kind_of(*texts)
-        if len(common) == 1 and kind:
-            pairs.append({"query": texts[0], "paraphrase": texts[1], "image": min(common),
-                          "kind": kind})
+        if not NEGATION.search(" ".join(texts).lower()) and (kind := kind_of(*texts)):
+            pairs.append(pair | {"image": min(common), "kind": kind})
     return pairs
 
 
@@ -265,8 +290,10 @@ def write_shards(folder: Path, images: dict[str, bytes], captions: dict[str, lis
 def write_evaluation(folder: Path, pairs: list[dict], captions: dict[str, list[str]]):
     """pairs.jsonl, sorted by kind, and captions.json."""
     with open(folder / "pairs.jsonl", "w") as file:
-        for pair in sorted(pairs, key=lambda pair: KINDS.index(pair["kind"])):
-            file.write(json.dumps(pair | {"image": Path(pair["image"]).stem}) + "\n")
+        for pair in sorted(pairs, key=lambda pair: (*KINDS, *OPPOSITES).index(pair["kind"])):
+            if "image" in pair:
+                pair["image"] = Path(pair["image"]).stem
+            file.write(json.dumps(pair) + "\n")
     images, annotations = [], []
     for number, (name, texts) in enumerate(captions.items()):
         images.append({"id": number, "file_name": Path(name).stem})
@@ -346,7 +373,8 @@ def main(argv=None):
         if split == "val":
             pairs = val_pairs(kept)
         else:
-            pairs = [pair for pair in test_pairs(sick, images_of) if pair["image"] in images]
+            pairs = [pair for pair in test_pairs(sick, images_of)
+                     if "image" not in pair or pair["image"] in images]
             kept = {name: texts for name, texts in kept.items() if name in official_test}
         write_evaluation(unfinished / split, pairs, kept)
         counts[split]["images with captions"] = len(kept)

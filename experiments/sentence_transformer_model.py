@@ -17,8 +17,8 @@ class Model:
         self.padding = {}
         config = getattr(self.model[0], "config", None)
         if getattr(config, "model_type", "").startswith("siglip"):
-            # As it was trained, as in eval_paraphrase.py; padded to the longest text, features would
-            # change with a text's neighbours.
+            # As it was trained. Padded to the longest text, features would change with a text's
+            # neighbours.
             self.padding = {"text": {"padding": "max_length", "return_attention_mask": False,
                                      "max_length": config.text_config.max_position_embeddings}}
 

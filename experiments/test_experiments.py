@@ -19,7 +19,7 @@ import data
 import eval_paraphrase
 import paraclip
 from common.cli import UserError, parse_config
-from experiments import ablation, curve, flickr8k, speed, where_lost
+from experiments import ablation, curve, flickr8k, invariance, speed, where_lost
 
 TINY = dict(image_size=16, patch_size=8, stem="patch", width=32, depth=2, heads=2, embed_dim=16,
             batch_size=16, precision="fp32", warmup=1, steps=3, workers=0)
@@ -78,6 +78,15 @@ SICK = [
     sick_row("A dog is small", "A dog is little", 1, score=4.4),
     sick_row("There is no dog", "There is no hound", 1),
     sick_row("A man is slicing", "A man is cutting", 0, original="a video of a man"),
+    sick_row("Nobody is near a cat", "A cat is near", 37, relation="contradicts"),
+    sick_row("A dog sees a cat", "A cat sees the dog", 38, relation="neutral"),
+    sick_row("A dog sees a cat", "Cats see a dog", 38, relation="neutral"),
+    sick_row("A dog is in", "The dog is in", 38),
+    # These contradict each other in one direction only.
+    sick_row("A cow is small", "A cow is big", 38) | {"entailment_AB": "A_contradicts_B"},
+    # No image is common to the captions that they were made from.
+    sick_row("A fox is small", "A fox is big", 38, relation="contradicts")
+    | {"sentence_B_original": CAPTIONS["39.jpg"][0]},
 ]
 
 
@@ -153,12 +162,24 @@ def test_images_of_sts_sentences_are_not_trained_on(official, tmp_path):
 
 
 def test_pairs_are_those_that_people_judged_equal(benchmark):
-    pairs = read_pairs(benchmark / "test")
+    pairs = [pair for pair in read_pairs(benchmark / "test") if "same" not in pair]
     pairs = [(pair["query"], pair["image"], pair["kind"]) for pair in pairs]
     assert pairs == [("A dog is leaping", "0", "words"),
                      ("A horse runs to a lake", "38", "words"),
                      ("A duck is being eaten by a cat", "36", "order"),
-                     ("A cat is asleep", "31", "article")]
+                     ("A cat is asleep", "31", "article"),
+                     ("A dog is in", "38", "article")]
+
+
+def test_opposites_are_those_that_people_judged_so_and_come_last(benchmark):
+    pairs = read_pairs(benchmark / "test")
+    assert pairs[5:] == [
+        {"query": "Nobody is near a cat", "paraphrase": "A cat is near", "group": "37",
+         "kind": "opposite: negation", "same": False},
+        {"query": "A dog is small", "paraphrase": "A dog is big", "group": "1",
+         "kind": "opposite: words", "same": False},
+        {"query": "A dog sees a cat", "paraphrase": "A cat sees the dog", "group": "38",
+         "kind": "opposite: roles", "same": False}]
 
 
 def test_val_pairs_come_from_captions_alone():
@@ -176,6 +197,76 @@ def test_the_same_bytes_on_every_run(official, benchmark, tmp_path):
     flickr8k.main([str(official), f"{official}/SICK.txt", "--out", f"{tmp_path}/again"])
     for path in benchmark.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(benchmark)).read_bytes()
+
+
+# ---- AO, contrast and LGIP's invariance error ----------------------------------------------------
+def test_only_ranks_are_blind_to_a_narrow_cone():
+    rng = np.random.default_rng(0)
+    names, texts = [f"{i}.jpg" for i in range(40)], [f"text {i}" for i in range(30)]
+
+    def unit_vectors(keys):
+        return {key: vector / np.linalg.norm(vector)
+                for key, vector in zip(keys, rng.normal(size=(len(keys), 8)))}
+
+    def in_a_cone(vectors):
+        # A cosine c becomes (c + 3) / 4: the same order, and differences of a quarter.
+        return {key: np.append(vector, 3 ** 0.5) for key, vector in vectors.items()}
+
+    images, features = unit_vectors(names), unit_vectors(texts)
+    pairs = [{"query": texts[i], "paraphrase": texts[i + 10], "image": names[i]}
+             for i in range(10)]
+    pairs += [{"query": texts[i + 20], "paraphrase": texts[i], "same": False} for i in range(10)]
+    wide = invariance.measure(pairs, images, features)
+    narrow = invariance.measure(pairs, in_a_cone(images), in_a_cone(features))
+    assert (narrow["ao"], narrow["contrast"]) == (wide["ao"], wide["contrast"])
+    assert narrow["invariance_error"] == pytest.approx(wide["invariance_error"] / 4)
+
+    # The definitions once more, slowly.
+    overlaps, errors = [], []
+    for pair in pairs:
+        scores = np.stack(list(images.values())) @ np.stack(
+            [features[pair["query"]], features[pair["paraphrase"]]]).T
+        first, second = np.argsort(-scores, axis=0).T
+        overlaps.append(eval_paraphrase.average_overlap(first[None], second[None], 10).item())
+        if "image" in pair:
+            errors.append(abs(np.subtract(*scores[names.index(pair["image"])])))
+    assert wide["ao"] == pytest.approx(np.mean(overlaps[:10]))
+    assert wide["invariance_error"] == pytest.approx(np.mean(errors))
+    kept, changed = overlaps[:10], overlaps[10:]
+    wins = np.where(np.isclose(kept, changed), 0.5, np.greater(kept, changed))
+    assert wide["contrast"] == np.mean(wins)
+
+
+def test_a_model_that_hears_nothing_has_no_contrast():
+    images = {f"{i}.jpg": np.eye(12)[i] for i in range(12)}
+    texts = dict.fromkeys(["a dog", "a hound", "no dog", "no hound"], np.arange(12.0))
+    pairs = [{"query": "a dog", "paraphrase": "a hound", "image": "0.jpg"},
+             {"query": "a dog", "paraphrase": "no dog", "same": False},
+             {"query": "no hound", "paraphrase": "a hound", "same": False}]
+    deaf = invariance.measure(pairs, images, texts)
+    assert deaf == {"ao": 1, "contrast": 0.5, "invariance_error": 0}
+    # One that tells one of the two opposites from the paraphrase.
+    half = invariance.measure(pairs, images, texts | {"no dog": -np.arange(12.0)})
+    assert half["contrast"] == 0.75
+    with pytest.raises(UserError, match="share a sentence"):
+        invariance.measure(pairs[:1], images, texts)
+
+
+def test_invariance_of_a_run(benchmark, lm, tmp_path, capsys):
+    paraclip.main(flags(data=benchmark / "train", out=tmp_path / "run", **TINY | dict(lm=lm)))
+    model = paraclip.load_model(tmp_path / "run")
+    with open(benchmark / "test/pairs.jsonl", "a") as file:
+        file.write('{"query": "A cat is awake", "paraphrase": "A cat is asleep", "same": false}\n')
+    pairs = read_pairs(benchmark / "test")
+    texts = [pair[side] for pair in pairs for side in ("query", "paraphrase")]
+    images, features = invariance.encode(model, benchmark / "test", texts, batch_size=3)
+    assert images.keys() == images_in(benchmark / "test")
+    np.savez(tmp_path / "vectors.npz", names=list(images), images=list(images.values()),
+             texts=list(features), text_features=list(features.values()))
+    capsys.readouterr()
+    invariance.main([str(benchmark / "test"), str(tmp_path / "run"), f"{tmp_path}/vectors.npz"])
+    run, vectors = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert run == pytest.approx(vectors, abs=1e-5)
 
 
 # ---- ablation ------------------------------------------------------------------------------------

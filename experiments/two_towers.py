@@ -93,8 +93,9 @@ def dual_encoder(text_kind, tokenizer=None, images="ViT", **options):
     return transformers.VisionTextDualEncoderModel(config), processor
 
 
-small_convnet = dict(width_coefficient=.2, depth_coefficient=.1, hidden_dim=32, image_size=32)
-xlmr_text = dict(max_position_embeddings=POSITIONS + 2)
+SMALL_CONVNET = dict(width_coefficient=.2, depth_coefficient=.1, hidden_dim=32, image_size=32)
+# Their positions begin behind that of padding, 1.
+BEHIND_PADDING = dict(max_position_embeddings=POSITIONS + 2)
 READ = {
     "clip": lambda: two_towers("CLIP", projection_dim=16),
     "metaclip_2": lambda: two_towers("MetaClip2", "XLMRoberta", processor="CLIP",
@@ -111,10 +112,10 @@ READ = {
         "OwlViT", images="OwlViT", model="ForObjectDetection", projection_dim=32),
     "owlv2 (ForObjectDetection)": lambda: two_towers(
         "Owlv2", images="Owlv2", model="ForObjectDetection", projection_dim=32),
-    "altclip": lambda: two_towers("AltCLIP", "XLMRoberta", text=dict(project_dim=16, **xlmr_text),
-                                  projection_dim=16),
+    "altclip": lambda: two_towers(
+        "AltCLIP", "XLMRoberta", text=dict(project_dim=16, **BEHIND_PADDING), projection_dim=16),
     "chinese_clip": lambda: two_towers("ChineseCLIP", "Bert", "ChineseCLIP", projection_dim=16),
-    "align": lambda: two_towers("Align", "Bert", "EfficientNet", vision=small_convnet,
+    "align": lambda: two_towers("Align", "Bert", "EfficientNet", vision=SMALL_CONVNET,
                                 projection_dim=64),
     "blip (BlipModel)": lambda: two_towers("Blip", "Bert", "Blip", projection_dim=16),
     "blip (BlipForImageTextRetrieval)": lambda: two_towers(
@@ -128,12 +129,12 @@ READ = {
     "aimv2": lambda: two_towers("Aimv2", processor="CLIP", projection_dim=16),
     "flava": flava,
     "vision-text-dual-encoder: bert, ViT": lambda: dual_encoder("Bert"),
-    "vision-text-dual-encoder: roberta, SigLIP": lambda: dual_encoder("Roberta", images="Siglip",
-                                                                      **xlmr_text),
-    "vision-text-dual-encoder: xlm-roberta, CLIP": lambda: dual_encoder("XLMRoberta",
-                                                                        images="CLIP", **xlmr_text),
-    "vision-text-dual-encoder: mpnet, DINOv2": lambda: dual_encoder("MPNet", images="Dinov2",
-                                                                    **xlmr_text),
+    "vision-text-dual-encoder: roberta, SigLIP": lambda: dual_encoder(
+        "Roberta", images="Siglip", max_position_embeddings=POSITIONS + 1),
+    "vision-text-dual-encoder: xlm-roberta, CLIP": lambda: dual_encoder(
+        "XLMRoberta", images="CLIP", **BEHIND_PADDING),
+    "vision-text-dual-encoder: mpnet, DINOv2": lambda: dual_encoder(
+        "MPNet", images="Dinov2", **BEHIND_PADDING),
     "vision-text-dual-encoder: albert": lambda: dual_encoder("Albert", embedding_size=16),
     "vision-text-dual-encoder: clip": lambda: dual_encoder("CLIPText", "CLIP"),
 }
@@ -218,7 +219,8 @@ REFUSED = {
     "qwen3_vl (one tower)": one_tower,
     "modernvbert (one tower)": modernvbert,
     "siglip without its head": lambda: two_towers(
-        "Siglip", "T5", "Siglip", text=dict(projection_size=32), vision=dict(vision_use_head=False)),
+        "Siglip", "T5", "Siglip", text=dict(projection_size=32),
+        vision=dict(vision_use_head=False)),
 }
 
 
