@@ -315,6 +315,8 @@ def print_two_towers(names: list[str]):
                 our_cosines(folder)
                 reason = "NOT REFUSED"
             except UserError as error:
-                # What is in brackets behind the general sentence.
-                reason = re.search(r"\((.*)\)$", str(error)).group(1)
+                reason = str(error).removeprefix(f"{folder}: ")
+                # In brackets behind the general sentence, where that is what is said.
+                if found := re.search(r"\((\w+Error: .*)\)$", reason):
+                    reason = found.group(1)
         print(f"| {name} | {reason} |", flush=True)
