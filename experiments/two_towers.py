@@ -142,6 +142,7 @@ READ = {
 
 def blip_2(text_kind, tokenizer):
     tokenizer = train_tokenizer(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
     text = getattr(transformers, f"{text_kind}Config")(
         # The processor adds a token for the image.
         **text_size(tokenizer, vocab_size=len(tokenizer) + 1, word_embed_proj_dim=32, ffn_dim=32,
