@@ -1560,8 +1560,8 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
             interval = None
             if groups > 1:
                 interval = bootstrap_ci(value.values, value.groups, seed)
-                # If all groups have 1, or all have 0, the bootstrap's interval has no width. This is
-                # the exact one of a binomial rate (Clopper and Pearson 1934).
+                # If all groups have 1, or all 0, the bootstrap's interval has no width. This is the
+                # exact one of a binomial rate (Clopper and Pearson 1934).
                 is_rate = not of_differences and name[-1] != "ao_minus_random"
                 if is_rate and mean in (0, 1) and interval == (mean, mean):
                     width = 1 - 0.025 ** (1 / groups)
