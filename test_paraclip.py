@@ -1376,8 +1376,8 @@ def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path, seed):
         plain = data.list_plain(file)
         try:
             # tarfile takes the date in GNU tar's backups for a folder.
-            slow = [(name.rpartition("/")[2], *place) for name, *place in data.list_any(file)]
-            assert plain == slow
+            for ours, slow in zip(plain, data.list_any(file), strict=True):
+                assert ours[1:] == slow[1:] and slow[0].endswith(ours[0])
         except ValueError:
             raise AssertionError("tarfile refuses it")
 
