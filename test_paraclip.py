@@ -312,14 +312,14 @@ def wait_until(child, condition):
 
 def torchrun(world_size: int, restarts: int, function, *args):
     """Calls a function on every rank as the command torchrun does, but forks this process."""
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=world_size, max_restarts=restarts,
-                          monitor_interval=0.1, start_method="fork", rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", run_id="test")
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=world_size,
+                          max_restarts=restarts, monitor_interval=0.1, start_method="fork",
+                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test")
     elastic_launch(config, function)(*args)
 
 
 def on_ranks(world_size: int, folder: Path, function, *args, status: int = 0) -> list[str]:
-    """Calls function(rank, world_size, *args) in a process a rank; returns what each has printed."""
+    """Calls function(rank, world_size, *args) in a process a rank; returns what each printed."""
     children = []
     for rank in range(world_size):
         children.append(start_child(folder / f"rank{rank}.txt", function, rank, world_size,
