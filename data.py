@@ -754,11 +754,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(content: bytes) -> torch.Tensor:
-    """The bytes of an image file -> uint8 RGB (3, H, W), as `to_rgb` shows it. Raises BadSample."""
+def decode_image(content: bytes, formats=FORMATS) -> torch.Tensor:
+    """The bytes of an image file in one of Pillow's `formats` -> uint8 RGB (3, H, W), as `to_rgb`
+    shows it. Raises BadSample."""
     try:
         # This reads the header only.
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("too many pixels")
         if image.format == "JPEG":

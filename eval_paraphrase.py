@@ -55,7 +55,7 @@ from tqdm import tqdm
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
-from data import (IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
+from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
                   make_loader, read_range, scan_shard)
 from paraclip import load_model
 
@@ -343,7 +343,8 @@ def expecting(what, form: str):
         # A file that cannot be opened is named already. (Those of transformers have no number.)
         if isinstance(error, UserError) or getattr(error, "errno", None):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        # On one line, and cut, since some of transformers list every class that it has.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise UserError(f"{what}: expected {form} ({reason})") from None
 
 
@@ -388,9 +389,10 @@ class HuggingFaceCLIP(torch.nn.Module):
         self.max_length = self.tokenizer.model_max_length
         positions = getattr(text_config, "max_position_embeddings", self.max_length)
         for module_name, module in self.model.named_modules():
-            # RoBERTa and its kind count positions from behind that of padding.
-            if module_name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
-                positions = module.num_embeddings - module.padding_idx - 1
+            # RoBERTa and its kind count positions from behind that of padding, which may be 0.
+            padding = getattr(module, "padding_idx", None)
+            if module_name.endswith("position_embeddings") and padding is not None:
+                positions = module.num_embeddings - padding - 1
         self.max_length = min(self.max_length, positions)
         self.is_siglip = text_config.model_type.startswith("siglip")
 
@@ -425,8 +427,8 @@ class HuggingFaceCLIP(torch.nn.Module):
             output = tower(**inputs)
         # transformers 4 returns the features themselves, 5 an object that holds them.
         features = getattr(output, "pooler_output", output)
-        if features is None:
-            raise ValueError(f"its {type(output).__name__} has no single vector for each input")
+        if not isinstance(features, torch.Tensor):
+            raise ValueError(f"{type(self.model).__name__} has no single vector for each input")
         if features.ndim == 3:
             # FLAVA has a state for each token, and was trained on the first.
             features = features[:, 0]
@@ -512,6 +514,12 @@ class RankedLists:
         return np.array(ranked)
 
 
+# What a folder's files say about it, where transformers cannot.
+HINTS = {"modules.json": "experiments/sentence_transformer_model.py reads this folder",
+         "open_clip_config.json": "experiments/open_clip_model.py reads this folder",
+         "spiece.model": "its tokenizer needs the package sentencepiece"}
+
+
 def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
     """The model, vectors or lists that a command-line argument names.
 
@@ -535,12 +543,12 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
         # Otherwise it prints pages of warnings.
         transformers.utils.logging.set_verbosity_error()
         hint = ""
-        for file, program in (("modules.json", "sentence_transformer"),
-                              ("open_clip_config.json", "open_clip")):
+        for file, advice in HINTS.items():
             if Path(name, file).exists():
-                hint = f"; experiments/{program}_model.py reads this folder"
-        with expecting(name, "a checkpoint, a run folder, FILE.py:NAME, FILE.npz, FILE.jsonl, or a "
-                             f"Hugging Face model with an image and a text tower{hint}"):
+                hint = f"; {advice}"
+        with expecting(name, "a checkpoint, a run folder, FILE.npz, FILE.jsonl, a Hugging Face "
+                             "model that has a vector for an image and one for a text, or "
+                             f"FILE.py:NAME for any other model{hint}"):
             model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
             check_model(name, model, with_images, TOLERANCES[cfg.precision])
         return model
@@ -680,8 +688,14 @@ def plain(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-# What cameras, phones and browsers write, and Pillow or its plugin pillow-heif reads.
-GALLERY_TYPES = (*IMAGE_TYPES, "avif", "bmp", "gif", "heic", "heif", "jfif", "tif", "tiff")
+# What cameras, phones and scanners write besides.
+GALLERY_TYPES = (*IMAGE_TYPES, "heic", "heif", "jfif", "tif", "tiff")
+GALLERY_FORMATS = (*FORMATS, "TIFF")
+with contextlib.suppress(ImportError):
+    # A plugin of Pillow, which reads phones' images.
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+    GALLERY_FORMATS += ("HEIF",)
 
 
 def list_gallery(source: str) -> Gallery:
@@ -733,7 +747,7 @@ def open_image(read) -> Image.Image:
     content = read()
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    return cut_long_side(to_pil_image(decode_image(content)))
+    return cut_long_side(to_pil_image(decode_image(content, GALLERY_FORMATS)))
 
 
 def collate_images(items: list, preprocess):
@@ -1546,8 +1560,8 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
             interval = None
             if groups > 1:
                 interval = bootstrap_ci(value.values, value.groups, seed)
-                # If all groups have 1, or all have 0, the bootstrap's interval has no width. This is
-                # the exact one of a binomial rate (Clopper and Pearson 1934).
+                # If all groups have 1, or all 0, the bootstrap's interval has no width. This is the
+                # exact one of a binomial rate (Clopper and Pearson 1934).
                 is_rate = not of_differences and name[-1] != "ao_minus_random"
                 if is_rate and mean in (0, 1) and interval == (mean, mean):
                     width = 1 - 0.025 ** (1 / groups)

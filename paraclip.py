@@ -60,7 +60,7 @@ class Config:
     recipe: str = flag("", "preset to start from (default: the one that --data names)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(0, "loader processes per rank; 0: load in a thread of the training process; "
+    workers: int = flag(0, "loader processes per rank; 0: load in a thread of the training; "
                            "-1: the rank's share of the cores", low=-1)
     crop: float = flag(0.8, "minimum area fraction of the random resized crop, up to 1", low=0,
                        high=1)

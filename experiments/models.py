@@ -1,6 +1,7 @@
 """Which models of transformers work, tried with tiny random weights: the tables of docs/models.md.
 
     python -m experiments.models --half language         # a line for each type, then the table
+    python -m experiments.models --half towers           # two-tower models, see two_towers.py
 
 A type is one of transformers' names for an architecture, such as "bert". Its model is made from its
 own configuration with every size shrunk, saved beside a tokenizer of whole words, and loaded as any
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import paraclip
 from common.cli import UserError, flag, parse_config, run
+from experiments.two_towers import print_two_towers
 
 CAPTIONS = ["a dog", "two cats on a red mat in the garden", "dog"]
 MOST_WEIGHTS = 30_000_000
@@ -31,7 +33,7 @@ MOST_WEIGHTS = 30_000_000
 
 @dataclass
 class ModelsConfig:
-    half: str = flag("language", "which table", choices=("language",))
+    half: str = flag("language", "which table", choices=("language", "towers"))
     types: list[str] = flag([], "only these types")
 
 
@@ -224,9 +226,6 @@ def language_half(cfg: ModelsConfig) -> dict[str, tuple[str, str]]:
 
 
 # ---- two towers ----------------------------------------------------------------------------------
-# The other half, of two-tower models, belongs here.
-HALVES = {"language": language_half}
-
 
 # ---- report --------------------------------------------------------------------------------------
 MEANING = {
@@ -254,7 +253,10 @@ def table(results: dict[str, tuple[str, str]]) -> str:
 
 def main(argv=None):
     cfg = parse_config(ModelsConfig, argv)
-    results = HALVES[cfg.half](cfg)
+    if cfg.half == "towers":
+        print_two_towers(cfg.types)
+        return
+    results = language_half(cfg)
     print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}, "
           f"Python {sys.version.split()[0]}\n")
     print(table(results))

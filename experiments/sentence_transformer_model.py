@@ -8,14 +8,19 @@ SENTENCE_TRANSFORMER is a name or a folder.
 
 import os
 
-import numpy as np
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 
 class Model:
     def __init__(self):
         self.model = SentenceTransformer(os.environ["SENTENCE_TRANSFORMER"])
+        self.padding = {}
+        config = getattr(self.model[0], "config", None)
+        if getattr(config, "model_type", "").startswith("siglip"):
+            # As it was trained. Padded to the longest text, features would change with a text's
+            # neighbours.
+            self.padding = {"text": {"padding": "max_length", "return_attention_mask": False,
+                                     "max_length": config.text_config.max_position_embeddings}}
 
     def preprocess(self, image):
         return self.model.preprocess([image])["pixel_values"][0]
@@ -25,4 +30,6 @@ class Model:
         return features["sentence_embedding"]
 
     def encode_text(self, texts):
-        return self.model.encode(texts, show_progress_bar=False)
+        # As dicts, since a plain text that is the name of a file would be opened as an image.
+        texts = [{"text": text.lower() if self.padding else text} for text in texts]
+        return self.model.encode(texts, show_progress_bar=False, processing_kwargs=self.padding)

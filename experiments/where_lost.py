@@ -40,7 +40,8 @@ def overlap_by_kind(model, split: Path) -> dict[str, float]:
     gallery = evaluation.embed_texts(model, captions, EMBED_CONFIG)
     ranked = {}
     for side in ("query", "paraphrase"):
-        queries = evaluation.embed_texts(model, [getattr(pair, side) for pair in pairs], EMBED_CONFIG)
+        texts = [getattr(pair, side) for pair in pairs]
+        queries = evaluation.embed_texts(model, texts, EMBED_CONFIG)
         ranked[side] = evaluation.rankings(queries, gallery, 10)
     overlaps = evaluation.average_overlap(ranked["query"], ranked["paraphrase"])
     found = {}
