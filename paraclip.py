@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -198,8 +197,7 @@ class Block(nn.Module):
         B, T, W = x.shape
         # Attention: each token looks at all tokens.
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
-        q, k, v = qkv.unbind(2)  # (B, T, H, W/H) each
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, W/H) each
         attended = attention(q, k, v, mask)  # (B, H, T, W/H)
         x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
         # Two-layer perceptron: each token by itself.
@@ -396,6 +394,8 @@ class ParaCLIP(nn.Module):
         """Images, uint8 or floats in [0, 1]: (B, 3, S, S), or a list of any length of (3, S, S) ->
         unit features (B, E). Raises ValueError for another shape, dtype or range."""
         if isinstance(images, list):
+            if not images:
+                raise ValueError("images: expected one at least")
             batches = [torch.stack(images[i:i + ENCODE_BATCH])
                        for i in range(0, len(images), ENCODE_BATCH)]
             return torch.cat([self.encode_image(batch) for batch in batches])
@@ -427,8 +427,7 @@ class ParaCLIP(nn.Module):
         order = sorted(range(len(text)), key=lambda i: len(text[i]))
         batches = [self.tokenize([text[i] for i in order[first:first + ENCODE_BATCH]])
                    for first in range(0, len(text), ENCODE_BATCH)]
-        features = torch.cat([self.encode_tokens([batch]) for batch in batches])
-        return features[torch.tensor(order).argsort()]
+        return self.encode_tokens(batches)[torch.tensor(order).argsort()]
 
     def encode_tokens(self, token_batches: list[dict]):
         """-> unit features (B, E) of all rows, in their order. In training, captions of similar
@@ -753,8 +752,8 @@ def train(cfg: Config, make_objective=Contrastive):
                     run.print(f"stopped by a signal at step {step}; run the same command to resume")
                     # The same status for all signals: not every rank may have had the signal.
                     raise SystemExit(128 + signal.SIGTERM)
-        skipped = dict(Counter(index.skipped) + replaced)
-        run.print(f"done; samples skipped: {skipped}. Next: python eval_paraphrase.py {cfg.out}")
+        run.print(f"done; left out of the index: {dict(index.skipped)}; replaced while training: "
+                  f"{dict(replaced)}. Next: python eval_paraphrase.py {cfg.out}")
 
 
 def open_index(cfg: Config) -> ShardIndex:
@@ -796,7 +795,7 @@ def build(cfg: Config, device: torch.device):
         try:
             with model.autocast():
                 check_lm(model.text_tower.lm, model.text_tower.tokenizer, tolerance=0.05)
-        # For the reason given in load_lm().
+        # A model may raise anything where its code expects fp32.
         except Exception as error:
             raise UserError(f"language model '{cfg.lm}' cannot be used in bf16: {error}; add "
                             "--precision fp32") from None
@@ -856,7 +855,7 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
             freeze_unused(lm, tokenizer)
     # Hub, files, configurations and safetensors raise a dozen types of error here.
     except Exception as error:
-        if not os.path.exists(path):
+        if isinstance(error, OSError) and not os.path.exists(path):
             error = f"there is no such folder; as a name on the Hugging Face hub: {error}"
         raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
@@ -883,15 +882,20 @@ POOLING_MODES = {"mean": "mean", "max": "max", "cls": "first", "lasttoken": "las
 
 
 def own_pooling(name: str) -> str:
-    """The pooling that a folder of sentence-transformers was trained with, or "mean" if it says
-    nothing. Raises UserError if POOLS lacks it, or if layers with weights follow."""
+    """The pooling in the model's files of sentence-transformers, or "mean" if a folder has none.
+    Raises UserError if POOLS lacks it, if there are other layers, or if it cannot be known."""
     def read(file: str):
         path = transformers.utils.cached_file(
             lm_path(name), file, _raise_exceptions_for_missing_entries=False)
         return json.loads(Path(path).read_text()) if path else {}
 
-    mode = "mean"
-    for module in read("modules.json"):
+    modules = read("modules.json")
+    # A model of the hub whose weights are kept here may have files that are not.
+    if not modules and not os.path.isdir(lm_path(name)):
+        raise UserError(f"--pool model: modules.json of {name} is not there, or not kept on this "
+                        "machine: give --pool mean, or what its authors say")
+    mode, others = "mean", []
+    for module in modules:
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
             config = read(f"{module['path']}/config.json")
@@ -899,10 +903,11 @@ def own_pooling(name: str) -> str:
                      if key.startswith("pooling_mode_") and value]
             mode = str(config.get("pooling_mode") or "+".join(flags))
         elif kind not in ("Transformer", "Normalize"):
-            mode += f", then {kind}"
-    if mode not in POOLING_MODES:
-        raise UserError(f"--pool model: {name} pools by {mode}; expected one of "
-                        f"{', '.join(POOLING_MODES)}: give --pool mean")
+            others.append(kind)
+    if mode not in POOLING_MODES or others:
+        raise UserError(f"--pool model: {name} has the pooling {mode} and the layers {others}; "
+                        f"expected one of {', '.join(POOLING_MODES)} and no others: give --pool "
+                        f"{' or '.join(POOLS)}")
     return POOLING_MODES[mode]
 
 
@@ -1004,25 +1009,27 @@ STATES_BYTES = 2 << 30  # memory for a language model's token states, on each ra
 @torch.no_grad()
 def keep_lm_states(model: ParaCLIP, index: ShardIndex):
     """Computes a frozen language model's token states of all captions, and returns the function
-    that looks them up in place of `tokenize`.
+    that looks them up in place of `tokenize`. Raises UserError if they need more than STATES_BYTES.
 
-    All before training: a state's bits depend on the captions it is batched with, and a resumed run
-    must get the same bits. Kept in the towers' precision.
-    Raises UserError if they need more than STATES_BYTES.
+    All before training, since batching changes the last bits of a state: if they were computed on
+    demand, a resumed run would get others. Kept in the towers' precision.
     """
+    def check_memory(count: int):
+        if count * model.text_tower.width * dtype.itemsize > STATES_BYTES:
+            raise UserError(f"--cache-lm: the token states of the captions need more than "
+                            f"{STATES_BYTES >> 30} GiB: add --no-cache-lm")
+
     dtype = torch.bfloat16 if model.bf16 else torch.float32
-    captions, words = set(), 0
+    captions, least = set(), 0
     for i in range(len(index)):
         try:
             new = set(index.captions(i)) - captions
         except BadSample as reason:
             raise UserError(f"--cache-lm: sample {i}: {reason}; add --no-cache-lm") from None
         captions |= new
-        # A word has one token at least.
-        words += sum(len(caption.split()) for caption in new)
-        if words * model.text_tower.width * dtype.itemsize > STATES_BYTES:
-            raise UserError(f"--cache-lm: the token states of the captions need more than "
-                            f"{STATES_BYTES >> 30} GiB: add --no-cache-lm")
+        # A word has one token at least. This ends early where there are hundreds of millions.
+        least += sum(min(len(caption.split()), CONTEXT_LENGTH) for caption in new)
+        check_memory(least)
     # Captions of about equal length together need little padding.
     captions = sorted(captions, key=lambda caption: (len(caption), caption))
     place_of, parts, count = {}, [], 0
@@ -1038,6 +1045,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
         for caption, length in zip(batch, tokens["attention_mask"].sum(1).tolist()):
             place_of[caption] = slice(count, count + length)
             count += length
+        check_memory(count)
     return functools.partial(look_up_states, place_of, torch.cat(parts))
 
 
@@ -1074,8 +1082,10 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
         raise UserError("the checkpoint was written by another version: its weights do not fit")
     # Not strict, since a frozen language model's weights are not in the checkpoint.
     model.load_state_dict(checkpoint["model"], strict=False)
-    for optimizer, state in zip(optimizers, checkpoint.get("optimizers", [])):
-        optimizer.load_state_dict(state)
+    if optimizers and "optimizers" not in checkpoint:
+        raise UserError("the checkpoint has no optimizers: it is one for use, not for resuming")
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(checkpoint["optimizers"][i])
 
 
 def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> ParaCLIP:

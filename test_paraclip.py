@@ -1889,12 +1889,18 @@ def test_the_models_own_pooling_is_read_and_kept(lm, tmp_path, config, pool, pic
 @pytest.mark.parametrize("config, further, cause", [
     ({"pooling_mode_weightedmean_tokens": True}, [], "weightedmean"),
     ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, [], "cls[+]mean"),
-    ({"pooling_mode": "mean"}, ["Dense", "Normalize"], "mean, then Dense")])
+    ({"pooling_mode": "mean"}, ["Dense", "Normalize"], "the layers .'Dense'.")])
 def test_a_pooling_that_is_not_ours_is_refused(lm, tmp_path, config, further, cause):
     folder = shutil.copytree(lm, tmp_path / "lm")
     write_pooling(folder, config, *further)
     with pytest.raises(UserError, match=cause):
         Config(**TINY | dict(lm=str(folder), pool="model"))
+
+
+def test_the_pooling_of_a_model_that_is_not_here_is_not_guessed():
+    # Of a model of the hub, offline, transformers reports an absent file as one that there is not.
+    with pytest.raises(UserError, match="modules.json of BAAI/bge-small-en is not there, or not"):
+        Config(**TINY | dict(lm="BAAI/bge-small-en", pool="model"))
 
 
 def test_a_run_begins_with_the_tokens_of_a_caption(lm, tmp_path, capsys):
@@ -2261,8 +2267,10 @@ def test_a_second_ctrl_c_ends_a_hanging_training(lm, tmp_path):
     output = tmp_path / "output.txt"
     child = start_child(output, train_with_a_hanging_worker, args)
     wait_until(child, lambda: output.exists() and "hangs" in output.read_text())
-    os.killpg(child.pid, signal.SIGINT)
-    time.sleep(0.1)
+    # The first Ctrl-C, whatever signal came before it, only asks for a checkpoint.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(child.pid, number)
+        time.sleep(0.1)
     assert child.is_alive()
     os.killpg(child.pid, signal.SIGINT)
     assert "Traceback" not in finish_child(child, status=130)
@@ -2270,6 +2278,14 @@ def test_a_second_ctrl_c_ends_a_hanging_training(lm, tmp_path):
     text = output.read_text()
     time.sleep(0.1)
     assert output.read_text() == text
+
+
+def test_a_checkpoint_without_optimizers_is_not_resumed(saved_run, capsys):
+    checkpoint = torch.load(saved_run.out / "model.pt", weights_only=True)
+    del checkpoint["optimizers"]
+    torch.save(checkpoint, saved_run.out / "model.pt")
+    assert "no optimizers" in error_line(capsys, paraclip, *saved_run.args)
+    assert load_model(saved_run.out)
 
 
 def test_other_settings_are_refused(saved_run, capsys):

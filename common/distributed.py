@@ -29,7 +29,7 @@ def setup_distributed() -> tuple[int, int, torch.device]:
                             "unset RANK, or start with torchrun") from None
         # torchrun keeps one store over its restarts. Without a prefix of its own, a restarted run
         # would read the addresses of ranks that have died, and hang. (Each node counts its own
-        # restarts: see README for several nodes.)
+        # restarts: see docs/speed.md for several nodes.)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank,

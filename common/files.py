@@ -38,6 +38,8 @@ def atomic_write(path: Path | str):
             os.fsync(file.fileno())
         os.replace(unfinished, target)
     except OSError as error:
+        if error.errno is None:
+            raise
         # The error of a full disk does not say which file.
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:

@@ -141,7 +141,7 @@ class RunFolder:
             note(f"the log of {self.path} lacks rows or lines: {error}; the training goes on")
 
     def save(self, state: dict, keep: bool = False):
-        """Writes the checkpoint of the last logged step: `state` and what resuming needs besides.
+        """Writes the checkpoint of the last finished step: `state` and what resuming needs besides.
 
         keep: a copy stays beside model.pt. Called by all ranks; when it returns, all is on disk.
         Returns {reason: samples replaced} of all ranks since the run's first step.
@@ -188,10 +188,11 @@ def read_checkpoint(path, keys) -> dict:
 
 class StopSignals:
     """While it is entered, SIGINT, SIGTERM and SIGUSR1 only set `received`, so that the training
-    can end after its step. A second Ctrl-C ends the program at once, with status 130."""
+    can end after its step. A second Ctrl-C ends the program at once, with status 130 (not under
+    torchrun, which then kills its ranks itself)."""
 
     def __enter__(self):
-        self.received = False
+        self.received = self.interrupted = False
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         self.former = {number: signal.signal(number, self.receive) for number in numbers}
         return self
@@ -202,9 +203,10 @@ class StopSignals:
 
     def receive(self, number, frame):
         # torchrun hands a terminal's Ctrl-C on, so that its ranks get each one twice.
-        if number == signal.SIGINT and self.received and "RANK" not in os.environ:
+        if number == signal.SIGINT and self.interrupted and "RANK" not in os.environ:
             for worker in multiprocessing.active_children():
                 worker.kill()
             # An ordinary exit would wait for a worker that hangs.
             os._exit(130)
         self.received = True
+        self.interrupted |= number == signal.SIGINT
