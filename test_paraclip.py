@@ -3597,7 +3597,7 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip siglip --sts sts.csv --labels one", "2 models are called ['one']"),
     ("clip --sts sts.csv --device nothing", "--device nothing"),
     ("clip --sts sts.csv --baseline other", "expected one of ['clip']"),
-    ("sts.csv --sts sts.csv", "expected a checkpoint, a run folder, FILE.py:NAME"),
+    ("sts.csv --sts sts.csv", "expected a checkpoint, a run folder, FILE.npz, FILE.jsonl"),
     ("clip --pairs triplets.json --images images --json x --details ./x", "another flag"),
 ])
 def test_mistakes_end_in_one_line(cd, capsys, arguments, complaint):
