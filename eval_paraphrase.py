@@ -212,7 +212,7 @@ def unit_features(features) -> torch.Tensor:
     return units
 
 
-def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**25) -> torch.Tensor:
+def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**26) -> torch.Tensor:
     """The k most similar gallery images of every query, best first.
 
     Cosine similarity in fp64, rounded to STEP; ties go to the lower gallery index.
