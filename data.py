@@ -10,6 +10,12 @@
     python data.py PATH [--workers N]   # check your shards: samples, skips by reason, images/s
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import atexit
 import contextlib
 import functools
@@ -25,7 +31,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import sys
 import tarfile
 import tempfile

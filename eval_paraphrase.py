@@ -21,6 +21,12 @@ Prints a table; the last line is the same results as JSON. All formats: docs/for
 The file goes from metrics to models, galleries, readers of files, measurements, report and main().
 """
 
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import csv
 import functools

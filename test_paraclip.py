@@ -694,9 +694,10 @@ def test_users_causes_end_in_one_line(capsys, error, status, line):
     assert (stop.value.code, capsys.readouterr().err) == (status, f"error: {line}\n")
 
 
-def test_ctrl_c_during_imports_prints_no_traceback(tmp_path):
+@pytest.mark.parametrize("program", ["data.py", "paraclip.py", "eval_paraphrase.py"])
+def test_ctrl_c_during_imports_prints_no_traceback(tmp_path, program):
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nwhile True: pass")
-    process = start(HERE / "paraclip.py", PYTHONPATH=str(tmp_path))
+    process = start(HERE / program, PYTHONPATH=str(tmp_path))
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     assert finish(process, -signal.SIGINT) == ""
