@@ -876,6 +876,7 @@ def main(argv=None):
     good = [look for look in looks if not look.fault]
     usable = len(index) - len(looks) + len(good)
     print(f"{usable:,} samples in {len(index.shards):,} shards")
+    print(f"index: {index.table.stat().st_size / 1e6:,.1f} MB in {index.table.parent}")
     if good:
         print(describe(good))
     for reason, count in skipped.most_common():
