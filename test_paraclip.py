@@ -1304,6 +1304,7 @@ def test_the_inspection_reports_a_set(tmp_path, capsys):
         byte = tar.getmember("00001.jpg").offset_data
     call(data, tmp_path, "--workers", 0)
     *lines, report = capsys.readouterr().out.splitlines()
+    assert lines.pop(1).startswith(f"index: 0.0 MB in {cache_folder()}/")
     assert lines == [
         "1 samples in 1 shards",
         "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
