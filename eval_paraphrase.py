@@ -255,7 +255,8 @@ def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
     # A product of unit vectors in fp32 is off by at most E x 2^-24. Where an image that is no
     # candidate could therefore be among the first k, all are ranked in fp64.
     unsure = exact.values[:, k - 1] <= best.values[:, -1] + (width + 1) * STEP
-    ranked[unsure] = rank_exactly(queries[unsure], gallery, k)
+    if unsure.any():
+        ranked[unsure] = rank_exactly(queries[unsure], gallery, k)
     return ranked
 
 
