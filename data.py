@@ -78,9 +78,10 @@ class ShardIndex:
     are mapped into memory: 400 million samples need none. Raises UserError if no sample is usable,
     or if a field is in no sample.
 
-    shards: paths of the tar files. skipped: {reason: samples left out}. examples: {reason: one of
-    them}. extensions: {extension: members}. fingerprint: a hash of the table and of all captions,
-    the same wherever the shards lie. block: how many neighbours are about BLOCK_BYTES long.
+    shards: paths of the tar files. skipped: {reason: samples, or shards, left out}. examples:
+    {reason: one of them}. extensions: {extension: members}. fingerprint: a hash of the table and of
+    all captions, the same wherever the shards lie. block: how many neighbours are about BLOCK_BYTES
+    long.
     """
 
     def __init__(self, data: str, workers: int = 0, caption_keys: list[str] = ()):
@@ -140,7 +141,7 @@ class ShardIndex:
                 os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
 
-# Not a member of ShardIndex, which is sent to workers, since a mapped array would be sent whole.
+# Not a member of ShardIndex: pickling the index for a worker would copy the whole mapped table.
 @functools.lru_cache(maxsize=8)
 def open_table(path: Path) -> np.ndarray:
     return np.memmap(path, ROW, mode="r")
@@ -168,13 +169,14 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
               "extensions": dict(facts["extensions"].most_common(20))}
     with atomic_write(unfinished / "facts.json") as file:
         file.write(json.dumps(facts).encode())
+    # What a disk cannot read now it may read the next time, so this index is not kept for others.
+    # It takes no other's place either, since other ranks may be using one like it.
+    if "unreadable shard" in facts["skipped"]:
+        return unfinished
     # The index of these shards as they were before, or what a killed process left.
     for former in folder.parent.iterdir():
         if former.is_dir() and former != unfinished:
             shutil.rmtree(former, ignore_errors=True)
-    # What a disk cannot read now it may read the next time.
-    if "unreadable shard" in facts["skipped"]:
-        return unfinished
     return unfinished.rename(folder)
 
 
@@ -443,25 +445,27 @@ def list_plain(file) -> list[tuple[str, int, int]]:
     """(name, offset, bytes) of each file in an open tar file of the kind that most programs write,
     twenty times as fast as tarfile. Raises ValueError at anything unusual, which is left to it."""
     members, headers, places = [], [], []
+    # position: of the next header in the file; begin: of the buffer's first byte; start: of the
+    # header in the buffer.
     position = begin = 0
-    window = dates = b""
+    buffer = dates = b""
     while True:
         start = position - begin
-        # An extended header, its entries, and the header after it.
-        if start + 3 * BLOCK > len(window):
+        # Three blocks are needed: an extended header, its entries, and the header after it.
+        if start + 3 * BLOCK > len(buffer):
             begin, start = position, 0
-            window = os.pread(file.fileno(), 32 * BLOCK, position)
-        header = window[start:start + BLOCK]
+            buffer = os.pread(file.fileno(), 32 * BLOCK, position)
+        header = buffer[start:start + BLOCK]
         if header == END:
             break
         if header[156:157] == b"x":
-            extended = window[start:start + 2 * BLOCK]
+            extended = buffer[start:start + 2 * BLOCK]
             # Most often the dates are those of the member before.
             if extended != dates:
                 headers.append(header)
                 places.append((position, check_dates(extended)))
                 dates = extended
-            header = window[start + 2 * BLOCK:start + 3 * BLOCK]
+            header = buffer[start + 2 * BLOCK:start + 3 * BLOCK]
             position += 2 * BLOCK
             if header[156:157] == b"x":
                 raise ValueError("two extended headers in a row")
@@ -583,20 +587,23 @@ def group_members(members: list[tuple]):
     """Yields (key, {extension: (offset, bytes)}) of each sample of a shard, from what scan_shard
     gives. In place of what cannot be used stands the reason, a str.
 
-    The members of a sample are neighbours: where shards were joined, each begins its keys anew.
-    Others of one key belong together if no two of them are of a kind.
+    A stretch is a sequence of neighbours whose names agree up to their first dot, such as 1.jpg,
+    1.seg.png, 1.txt. Members of one key in one stretch are a sample. If a key is in several:
+        1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample
+        1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples
     """
-    samples, run, last_key, last_stem, runs_with_image = {}, 0, None, None, set()
+    # {key: {stretch: {extension: place}}}
+    samples = {}
+    stretch, last_key, last_stem, stretches_with_image = 0, None, None, set()
     for key, extension, offset, size in members:
         if key != last_key:
-            # A run goes by the first dot of a name: 1.seg.png does not part 1.jpg from 1.txt.
             folder, _, name = key.rpartition("/")
             stem = folder, name.partition(".")[0]
-            run += stem != last_stem
+            stretch += stem != last_stem
             last_key, last_stem = key, stem
-            sample = samples.setdefault(key, {}).setdefault(run, {})
+            sample = samples.setdefault(key, {}).setdefault(stretch, {})
         if extension in IMAGE_TYPES:
-            runs_with_image.add(run)
+            stretches_with_image.add(stretch)
         if extension in sample:
             # Which of the two belongs to the others cannot be told.
             sample[extension] = "duplicate key"
@@ -611,9 +618,9 @@ def group_members(members: list[tuple]):
                 first, *others = parts
                 for other in others:
                     parts[first].update(parts.pop(other))
-        for run, sample in parts.items():
-            # Beside an image, 1.metadata.json is no sample of its own.
-            if run not in runs_with_image or not sample.keys().isdisjoint(IMAGE_TYPES):
+        for stretch, sample in parts.items():
+            # Beside an image, 1.metadata.json is no sample of its own, and no fault.
+            if stretch not in stretches_with_image or not sample.keys().isdisjoint(IMAGE_TYPES):
                 yield key, sample
 
 
@@ -623,17 +630,21 @@ def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):
     number, path = numbered_path
     members, skipped, extensions = scan_shard(path)
     rows, captions_crc32, fields = [], 0, set()
-    file = open_shard(path) if members else None
+    try:
+        file = open_shard(path) if members else None
+    except OSError:
+        members = []
+        skipped["unreadable shard"] += 1
     examples = dict.fromkeys(skipped, os.path.basename(path))
     for key, sample in group_members(members):
         try:
-            image = place_of(sample, IMAGE_TYPES, "no image")
-            captions, *caption = find_captions(file, sample, caption_keys, fields)
+            image_place = place_of(sample, IMAGE_TYPES, "no image")
+            captions, *caption_place = find_captions(file, sample, caption_keys, fields)
         except BadSample as reason:
             skipped[str(reason)] += 1
             examples.setdefault(str(reason), f"{key} in {os.path.basename(path)}")
         else:
-            rows.append((number, *image, *caption))
+            rows.append((number, *image_place, *caption_place))
             captions_crc32 = zlib.crc32("\n".join(captions).encode(), captions_crc32)
     facts = {"skipped": skipped, "examples": examples, "extensions": extensions, "fields": fields}
     return np.array(sorted(rows), ROW).tobytes(), captions_crc32, facts

@@ -81,7 +81,7 @@ class EvalConfig:
     sts: str = flag("", "a file with sentence1, sentence2, score")
     zeroshot: str = flag("", "a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, or a "
                              "JSON file of classnames and labels of --images")
-    benchmark: str = flag("emoji", "its name in $PARACLIP_DATA, or its absolute path")
+    benchmark: str = flag("", "its name in $PARACLIP_DATA, or its absolute path (default: emoji)")
     split: str = flag("test", "val is for choices, test for reports", choices=("test", "val"))
     # How it is measured.
     images: str = flag("", "folder of images to search in, or shards as for paraclip.py --data")
@@ -234,12 +234,15 @@ def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**
 
 def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
     """rankings() of unit features: fp32 finds some more than k candidates, fp64 ranks them."""
-    (n, width), count, group_size = gallery.shape, k + 22, 64
+    n, width = gallery.shape
+    # Some more than k, so that the k-th is clearly above what is left out.
+    count, group_size = k + 22, 64
+    # A small gallery gains nothing.
     if n < 2 * group_size * count:
         return rank_exactly(queries, gallery, k)
     scores = queries @ gallery.T  # (Q, N)
-    # The N images are split into `stride` groups of equal size, and a remainder. The best `count`
-    # images are in it or in the `count` groups with the highest maxima, which are found faster.
+    # Image i is in group i % stride, or in the remainder. The best `count` images are in the
+    # remainder or in the `count` groups with the highest maxima, which are found faster.
     stride = n // group_size
     maxima = scores[:, :group_size * stride].view(len(queries), group_size, stride).amax(1)
     best_groups = maxima.topk(count).indices
@@ -249,7 +252,9 @@ def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
     best = scores.gather(1, members).topk(count)
     # In the gallery's order, which a stable sort keeps among equals.
     candidates = members.gather(1, best.indices).sort(dim=1).values  # (Q, count)
-    exact = (gallery[candidates].double() @ queries.double()[..., None])[..., 0]
+    # In parts, since the candidates' features take far more memory than the scores.
+    exact = torch.cat([(gallery[rows].double() @ part.double()[..., None])[..., 0]
+                       for rows, part in zip(candidates.split(512), queries.split(512))])
     exact = round_to_step(exact).sort(dim=1, descending=True, stable=True)
     ranked = candidates.gather(1, exact.indices[:, :k])
     # A product of unit vectors in fp32 is off by at most E x 2^-24. Where an image that is no
@@ -586,7 +591,7 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
 
 @torch.inference_mode()
 def check_model(name: str, model, with_images: bool, tolerance: float):
-    """Encodes two images and four texts, alone and beside each other. Raises UserError if methods
+    """Encodes two images and three texts, alone and beside each other. Raises UserError if methods
     are missing, or if features have no common shape or depend on what is encoded beside them."""
     needed = ["encode_text", "preprocess", "encode_image"] if with_images else ["encode_text"]
     for method in needed:
@@ -840,14 +845,22 @@ def parse_records(path):
         if text.lstrip()[:1] in ("[", "{"):
             with contextlib.suppress(json.JSONDecodeError):
                 return json.loads(text)
+            records = []
             # Not splitlines(), which also splits at characters that JSON allows in a text.
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    with expecting(f"{path}, line {number}", "JSON, or a JSON value in each line"):
+                        records.append(json.loads(line))
+            return records
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        with contextlib.suppress(csv.Error):
+        try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
             rows = [row for row in rows if row]
             if delimiter == "," or len({len(row) for row in rows}) == 1:
                 return rows
+        except csv.Error:
+            if delimiter == ",":
+                raise
         # In tab-separated sets such as GLUE's, quote characters quote nothing.
         return [line.rstrip("\r").split(delimiter) for line in text.split("\n") if line.strip()]
 
@@ -865,13 +878,20 @@ def read_records(path, fields: dict) -> list[tuple[str, dict]]:
             records = records[1:]
         else:
             columns = list(fields)
-        records = [dict(zip(columns, row)) for row in records]
+        rows, records = records, []
+        for number, row in enumerate(rows, 1):
+            with expecting(f"{path}, row {number}", f"{len(columns)} cells at most, with quotes "
+                                                    "around a text that holds the delimiter"):
+                # Spreadsheets may end a row with empty cells.
+                if any(row[len(columns):]) and columns != list(STS_FIELDS):
+                    raise ValueError(f"there are {len(row)}")
+                records.append(dict(zip(columns, row)))
     found = []
     for number, record in enumerate(records, 1):
         place = f"{path}, record {number}"
         with expecting(place, f"fields such as {', '.join(list(fields)[:3])}"):
             record = {name.lower(): value for name, value in record.items()}
-        # If a record has several of the names, the first one in the list wins, as the last entry.
+        # Reversed, since the last entry wins in a dict: the first of the names has precedence.
         found.append((place, {field: record[name] for field, names in fields.items()
                               for name in reversed(names) if name in record}))
     if not found:
@@ -909,7 +929,7 @@ def read_pairs(path) -> list[Pair]:
         with expecting(place, "query and paraphrase (SugarCrepe++: caption, caption2, "
                               "negative_caption) and, where known, image or images (a list), kind, "
                               "same (true or false) and group"):
-            same = {"true": True, "false": False}[str(record.get("same", True)).lower()]
+            same = {"true": True, "": True, "false": False}[str(record.get("same", "")).lower()]
             group, images = record.get("group"), record.get("images") or []
             if group == "":
                 group = None  # an empty cell of a table
@@ -1028,8 +1048,8 @@ CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
 def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str | None]:
-    """(gallery, class names, {image name: class index}, where the names are from, None if that does
-    not do) of a test set.
+    """(gallery, class names, {image name: class index}, their source, None if they are no words and
+    --classnames must be given) of a test set.
 
     source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
     imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
@@ -1077,14 +1097,19 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str |
         # Images that lie beside the class folders belong to no class.
         if len(parts) == 2:
             labels[name] = class_of[parts[0]]
+    if not folders:
+        raise UserError(f"{folder}: it has no folder per class, and no {CLASS_NAMES} beside "
+                        "test/*.tar")
     empty = set(range(len(folders))) - set(labels.values())
-    if empty or not folders:
+    if empty:
         raise UserError(f"{folder}: expected a folder of images for each class; "
                         f"{[folders[i] for i in empty][:3]} have none")
     wordnet = all(re.fullmatch(r"n\d{8}", name) for name in folders)
     if len(folders) == 1000 and (wordnet or is_imagenet and numbered):
         # Torchvision's names are in the order of the sorted WordNet ids.
-        categories = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+        categories = list(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
+        # A dog, and not the garment, which is another class.
+        categories[categories.index("Cardigan")] = "Cardigan Welsh corgi"
         return gallery, categories, labels, "torchvision"
     # These names are no words.
     names_from = None if wordnet or is_imagenet else "its folders"
@@ -1099,8 +1124,8 @@ class Values(NamedTuple):
 
 
 class Task:
-    """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and give
-    EvalConfig the flag.
+    """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and in
+    SEARCHING if it searches --images, and give EvalConfig the flag.
 
     A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
     and has measure(model, images, cfg), which returns {name: Values, a number or a text}. A name is
@@ -1118,7 +1143,8 @@ TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
 def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
-    """Every metric of two lists (Q, K): add yours here, and its row title to titles()."""
+    """Every metric of two lists (Q, K): add yours here, its row titles to LABELS, and its name to
+    SHOWN_OF_SUBSETS if the table shall show it of kinds and files."""
     return {
         "ao1": average_overlap(first, second, 1),
         "ao": average_overlap(first, second, k),
@@ -1176,7 +1202,8 @@ def image_to_text(texts, text_features, image_features, correct, groups) -> dict
     """{"i2t@1": Values, ...} of the images that are correct for some text: whether one of their
     texts is found. For the bootstrap, an image belongs to the group of its first text.
 
-    correct: rows of each text's images. Texts that stand there several times count once.
+    correct: rows of each text's images. A text that stands there several times with the same images
+    counts once.
     """
     different = {}
     for i, text in enumerate(texts):
@@ -1214,8 +1241,8 @@ class Pairs(Task):
 
     def __init__(self, cfg, gallery):
         self.gallery, self.names, self.pairs = gallery, set(), []
-        # {keys of a subset in the JSON, () for all: {index of a pair: None}}, a dict for a set with
-        # an order.
+        # Each different pair is kept once. subsets: {keys in the JSON, as ("kinds", "order"), or ()
+        # for all pairs: {index of a pair: None}}; a dict, since a set has no order.
         subsets, index = {(): {}}, {}
         for file, pair in given_pairs(cfg):
             self.names.update(pair.images)
@@ -1266,7 +1293,8 @@ class Pairs(Task):
         values = {(name,): value for name, value in compare_lists(*ranked, self.k).items()}
         values |= self.chance(ranked, cfg.seed)
         values[("ao_minus_random",)] = values[("ao",)] - values[("ao_random",)]
-        # With --captions, the key "recall" is that of the captions.
+        # "recall" is that of the captions if there are any; that of the queries is then
+        # "query_recall".
         keys = ["query_recall" if cfg.captions else "recall", "paraphrase_recall"]
         for side, key in enumerate(keys):
             for k in depths:
@@ -1321,6 +1349,7 @@ class Pairs(Task):
                 measured = shown[~np.isnan(value[shown])]
                 if len(measured):
                     results[*keys, *name] = Values(value[measured], self.groups[measured])
+            # A comparison belongs to the subsets of its changed pair.
             inside = np.isin(compared[:, 1], chosen)
             if inside.any():
                 results[*keys, "contrast_pairs"] = int(inside.sum())
@@ -1443,10 +1472,14 @@ class ZeroShot(Task):
         if not names_from:
             raise UserError(f"{cfg.zeroshot}: {len(self.classnames)} folders, which are not "
                             "ImageNet's 1000 and whose names are no words: give --classnames")
-        repeated = [name for name, uses in Counter(self.classnames).items() if uses > 1]
+        # To most tokenizers letter case makes no difference. OpenAI's names of ImageNet, with which
+        # published numbers were measured, have two such pairs.
+        uses = Counter(name.lower() for name in self.classnames)
+        repeated = [name for name in self.classnames if uses[name.lower()] > 1]
         if repeated:
-            raise UserError(f"{names_from}: {len(repeated)} names stand for several classes, such "
-                            f"as {repeated[0]!r}: give different ones with --classnames")
+            print(f"note: {names_from}: {len(repeated)} classes share a name, such as "
+                  f"{repeated[0]!r}: images of all but the first with that name count as wrong",
+                  file=sys.stderr)
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
         if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
             templates_from = cfg.templates or PROMPTS
@@ -1501,12 +1534,17 @@ def choose_benchmark(cfg: EvalConfig):
 
     A split is a folder of shards with pairs.jsonl, and optionally zeroshot.json and captions.json.
     """
-    if any(getattr(cfg, name) for name in TASKS):
-        cfg.benchmark = ""
+    given = [name for name in TASKS if getattr(cfg, name)]
+    if (cfg.classnames or cfg.templates) and not cfg.zeroshot:
+        raise UserError("--classnames and --templates belong to --zeroshot")
+    if given and cfg.benchmark:
+        raise UserError(f"--benchmark is measured by itself: leave out --{given[0]}")
+    if given:
         return
     if cfg.images:
         raise UserError(f"--images needs what to search for: one of --{', --'.join(SEARCHING)}, or "
                         "--zeroshot FILE.json")
+    cfg.benchmark = cfg.benchmark or "emoji"
     if cfg.benchmark == "emoji":
         # Here, since other data do not need the program that draws these.
         from demo.emoji_scenes import emoji_folder
@@ -1619,7 +1657,7 @@ LABELS = {
     "contrast_pairs": "comparisons of contrast",
     "recall_pairs": "pairs with an image",
 }
-# What the table shows of each kind and file; the JSON has all.
+# What the table shows of each kind and file (contrast: not of kinds); the JSON has all.
 SHOWN_OF_SUBSETS = ("pairs", "ao1", "ao", "ao_minus_random", "js", "contrast")
 # Estimates from fewer independent groups are marked: their bootstrap intervals are too narrow.
 FEW = 30
@@ -1699,8 +1737,8 @@ def print_table(columns: list[Column]):
 # ---- main ----------------------------------------------------------------------------------------
 def measure_model(name: str, model, tasks: dict[str, Task], cfg: EvalConfig):
     """(results, {gallery: names of its images that the model can read}, details of pairs)."""
-    # Tasks on texts alone have no gallery.
-    images, results, details = {None: None}, {}, []
+    images = {None: None}  # {gallery: EncodedGallery}; tasks on texts alone have the gallery None
+    results, details = {}, []
     for flag_name, task in tasks.items():
         if isinstance(model, RankedLists) and not isinstance(task, Pairs):
             print(f"note: {name}: --{flag_name} is left out, since ranked lists have no features",

@@ -11,7 +11,8 @@ top. These layers, a ViT and two projections are trained with CLIP's contrastive
 Run the same command again to resume. `python eval_paraphrase.py` evaluates the result.
 
 The file goes from the settings to the image tower, the text tower, both together, the loss, one
-step and the training loop; how the language model is loaded comes last.
+step and the training loop; then how the language model is loaded and its states are kept, and
+checkpoints.
 """
 
 import signal
@@ -313,7 +314,7 @@ class TextTower(nn.Module):
         # A checkpoint holds the weights that are trained; of a frozen model, only their hash.
         self.lm_hash = hash_lm(self.lm, self.tokenizer, with_weights=self.frozen)
         with torch.no_grad():
-            # Not of the configuration, where each family has another name for it.
+            # Measured, since each family has another name for it in its configuration.
             self.width = self.lm_states(tokenize(self.tokenizer, ["a dog"])).shape[-1]
         # Heads of 64 dimensions, or one head if that does not divide the width.
         heads = self.width // 64 if self.width % 64 == 0 else 1
@@ -349,7 +350,7 @@ class TextTower(nn.Module):
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
-        # Computed before training, see keep_lm_states().
+        # With --cache-lm the batch already holds the states, see keep_lm_states().
         if "states" in tokens:
             return tokens["states"]
         # Always a 2-D mask. transformers then makes the CPU wait for the GPU, to see whether
@@ -394,8 +395,8 @@ class ParaCLIP(nn.Module):
         """Images, uint8 or floats in [0, 1]: (B, 3, S, S), or a list of any length of (3, S, S) ->
         unit features (B, E). Raises ValueError for another shape, dtype or range."""
         if isinstance(images, list):
-            if not images:
-                raise ValueError("images: expected one at least")
+            if not images or any(image.shape != self.image_shape for image in images):
+                raise ValueError(f"images: expected {self.image_shape} each, one at least")
             batches = [torch.stack(images[i:i + ENCODE_BATCH])
                        for i in range(0, len(images), ENCODE_BATCH)]
             return torch.cat([self.encode_image(batch) for batch in batches])
@@ -511,8 +512,8 @@ def contrastive_loss(image_features, text_features, logit_scale):
 class Contrastive:
     """The objective: what is learnt of a batch. experiments/ has others, which subclass it.
 
-    The loader's workers hold a copy, so it must not hold the model. tokenize: of a list of
-    captions a token batch, see TextTower.lm_states().
+    The loader's workers hold a copy, so it must not hold the model. tokenize: a list of captions ->
+    a token batch, by model.tokenize or, with --cache-lm, by what keep_lm_states() returns.
     """
 
     def __init__(self, cfg: Config, model: ParaCLIP, index: ShardIndex, tokenize):
@@ -554,6 +555,7 @@ def forward_backward(parallel, objective: Contrastive, batch):
     image_parts, text_parts, scales = zip(*outputs)
     image_features = torch.cat(image_parts).requires_grad_()
     text_features = torch.cat(text_parts).requires_grad_()
+    # Made without a graph, all three are leaves: backward() stops at them.
     logit_scale = scales[0].requires_grad_()
 
     # The loss, and its gradient with respect to each feature.
@@ -695,7 +697,7 @@ def optimizer_step(model: ParaCLIP, optimizers: list, lr_scale: float):
 def train(cfg: Config, make_objective=Contrastive):
     """Trains the run that cfg describes, or resumes it from its checkpoint.
 
-    SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint. (torchrun
+    Once steps are taken, SIGINT, SIGTERM and SIGUSR1 end the run with a checkpoint. (torchrun
     with --max-restarts starts signalled ranks again, but ends if it is signalled itself.) Raises
     UserError for what the user can correct: settings, data, run folder, a loss that is not finite.
     """
@@ -890,7 +892,8 @@ def own_pooling(name: str) -> str:
         return json.loads(Path(path).read_text()) if path else {}
 
     modules = read("modules.json")
-    # A model of the hub whose weights are kept here may have files that are not.
+    # Offline, a hub model's weights may be kept here while modules.json is not. In a folder, its
+    # absence means that there is none.
     if not modules and not os.path.isdir(lm_path(name)):
         raise UserError(f"--pool model: modules.json of {name} is not there, or not kept on this "
                         "machine: give --pool mean, or what its authors say")
@@ -1021,6 +1024,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
 
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     captions, least = set(), 0
+    longest = model.text_tower.tokenizer.model_max_length
     for i in range(len(index)):
         try:
             new = set(index.captions(i)) - captions
@@ -1028,7 +1032,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
             raise UserError(f"--cache-lm: sample {i}: {reason}; add --no-cache-lm") from None
         captions |= new
         # A word has one token at least. This ends early where there are hundreds of millions.
-        least += sum(min(len(caption.split()), CONTEXT_LENGTH) for caption in new)
+        least += sum(min(len(caption.split()), longest) for caption in new)
         check_memory(least)
     # Captions of about equal length together need little padding.
     captions = sorted(captions, key=lambda caption: (len(caption), caption))

@@ -2826,7 +2826,10 @@ GOOD_FILES = {
                      ["tench", "my dog, his"]),
 }
 BAD_FILES = {
-    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "JSON lines"),
+    "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3: expected JSON"),
+    "comma without quotes": (ev.read_captions, "image,caption\na,b\na,A man, a dog", "row 2.*quotes"),
+    "stray quotes in csv": (ev.read_pairs, 'query,paraphrase\n"a "b" c",d', "CSV"),
+    "a number among rows": (ev.read_pairs, '[["q", "p"], 5]', "row 2"),
     "no paraphrase": (ev.read_pairs, '{"query": "q"}', "record 1: expected query and paraphrase"),
     "image no text": (ev.read_pairs, json.dumps(PAIR | {"images": [7]}), "7 is no text"),
     "same no bool": (ev.read_pairs, json.dumps(PAIR | {"same": "no"}), "same .true or false."),
@@ -2920,7 +2923,6 @@ def test_a_folder_may_be_called_imagenet(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("folders, names, complaint", [
     (["n01440764", "n02084071"], "", "not ImageNet's 1000 and whose names are no words"),
-    (["a", "b"], "crane\ncrane\n", "1 names stand for several classes, such as 'crane'"),
     (["a", "b"], "crane\n", "expected 2 class names"), (["n01440764", "b"], "x\ny", "")])
 def test_class_names_must_be_words_and_different(tmp_path, folders, names, complaint):
     write_images(tmp_path / "f", *[f"{name}/a.png" for name in folders])
@@ -2930,6 +2932,12 @@ def test_class_names_must_be_words_and_different(tmp_path, folders, names, compl
         cfg.classnames = str(tmp_path / "names.txt")
     with pytest.raises(UserError, match=complaint) if complaint else contextlib.nullcontext():
         assert ev.ZeroShot(cfg, None).classnames == ["x", "y"]
+
+
+def test_classes_that_share_a_name_are_noted(tmp_path, capsys):
+    write_images(tmp_path / "f", *[f"{name}/a.png" for name in ("Crane", "dog", "crane")])
+    ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path / "f")), None)
+    assert "2 classes share a name, such as 'Crane'" in capsys.readouterr().err
 
 
 def test_classes_in_shards_of_clip_benchmark(tmp_path):
@@ -3588,6 +3596,8 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --images images --query dog", "belong together"),
     ("clip --images images", "what to search for"),
+    ("clip --sts sts.csv --benchmark emoji", "leave out --sts"),
+    ("clip --sts sts.csv --templates templates.txt", "belong to --zeroshot"),
     ("clip --images images --query= --paraphrase=", "a text each"),
     ("clip --pairs triplets.json --images images --json triplets.json", "another flag"),
     ("clip --pairs triplets.json --images images --json no/x", "in no folder"),
