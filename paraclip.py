@@ -712,26 +712,27 @@ def train(cfg: Config, make_objective=Contrastive):
     config = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint,
                                 objective=make_objective.__name__)
 
-    with open_run_folder(cfg.out, steps, config, MAY_CHANGE, MAY_DIFFER) as run:
-        if run.step >= steps:
-            run.print(f"{cfg.out} is finished: {steps} steps; to train again, give another --out")
+    with open_run_folder(cfg.out, steps, config, MAY_CHANGE, MAY_DIFFER) as folder:
+        if folder.step >= steps:
+            folder.print(f"{cfg.out} is finished: {steps} steps; to train again, give another "
+                         "--out")
             return
         model, parallel, optimizers = build(cfg, device)
-        if run.checkpoint:
-            restore(model, run.checkpoint, optimizers)
+        if folder.checkpoint:
+            restore(model, folder.checkpoint, optimizers)
         tokenize = model.tokenize
         if cfg.cache_lm and model.text_tower.frozen:
             tokenize = keep_lm_states(model, index)
         objective = make_objective(cfg, model, index, tokenize)
-        loader = training_loader(index, cfg, run.step, steps, rank, world_size, tokenize, objective,
-                                 pin_memory=distributed.ON_GPU)
-        run.print(model.text_tower.describe())
-        run.print(f"{cfg.out}: steps {run.step + 1} to {steps} on {world_size} x {device}, "
-                  f"{cfg.precision}")
-        run.start()
+        loader = training_loader(index, cfg, folder.step, steps, rank, world_size, tokenize,
+                                 objective, pin_memory=distributed.ON_GPU)
+        folder.print(model.text_tower.describe())
+        folder.print(f"{cfg.out}: steps {folder.step + 1} to {steps} on {world_size} x {device}, "
+                     f"{cfg.precision}")
+        folder.start()
         # From here on there is something to save.
         with StopSignals() as signals, contextlib.closing(read_ahead(loader)) as batches:
-            for step, batch in enumerate(batches, start=run.step + 1):
+            for step, batch in enumerate(batches, start=folder.step + 1):
                 # ---- the method
                 loss, accuracy = forward_backward(parallel, objective, batch)
                 lr_scale = schedule(step, steps, cfg.warmup)
@@ -743,19 +744,20 @@ def train(cfg: Config, make_objective=Contrastive):
                 if not math.isfinite(loss + grad_norm):
                     raise UserError(f"the loss ({loss}) or the gradient's norm ({grad_norm}) is "
                                     f"not finite at step {step}: lower --lr")
-                run.replaced.update(batch.replaced)
-                run.log(step, cfg.batch_size, batch.waited, epoch=step / steps_per_epoch, loss=loss,
-                        accuracy=accuracy, logit_scale=logit_scale, grad_norm=grad_norm,
-                        lr=cfg.lr * lr_scale)
+                folder.replaced.update(batch.replaced)
+                folder.log(step, cfg.batch_size, batch.waited, epoch=step / steps_per_epoch,
+                           loss=loss, accuracy=accuracy, logit_scale=logit_scale,
+                           grad_norm=grad_norm, lr=cfg.lr * lr_scale)
                 keep = cfg.keep_every > 0 and step % cfg.keep_every == 0
                 if step % cfg.save_every == 0 or keep or stop or step == steps:
-                    replaced = run.save(checkpoint_state(cfg, model, optimizers), keep)
+                    replaced = folder.save(checkpoint_state(cfg, model, optimizers), keep)
                 if stop and step < steps:
-                    run.print(f"stopped by a signal at step {step}; run the same command to resume")
+                    folder.print(f"stopped by a signal at step {step}; run the same command to "
+                                 "resume")
                     # The same status for all signals: not every rank may have had the signal.
                     raise SystemExit(128 + signal.SIGTERM)
-        run.print(f"done; left out of the index: {dict(index.skipped)}; replaced while training: "
-                  f"{dict(replaced)}. Next: python eval_paraphrase.py {cfg.out}")
+        folder.print(f"done; left out of the index: {dict(index.skipped)}; replaced while "
+                     f"training: {dict(replaced)}. Next: python eval_paraphrase.py {cfg.out}")
 
 
 def open_index(cfg: Config) -> ShardIndex:
