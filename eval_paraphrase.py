@@ -461,11 +461,11 @@ class Vectors:
             with np.load(path, allow_pickle=False) as file:
                 names, texts = file["names"], file["texts"]
                 images, text_features = file["images"], file["text_features"]
-            self.width = images.shape[1]
+            width = images.shape[1]
             for keys, features in ((names, images), (texts, text_features)):
                 if (keys.dtype.kind, features.dtype.kind) != ("U", "f") or not len(keys):
                     raise ValueError(f"there are {keys.dtype} and {features.dtype}")
-                if keys.ndim != 1 or features.shape != (len(keys), self.width):
+                if keys.ndim != 1 or features.shape != (len(keys), width):
                     raise ValueError(f"the shapes are {keys.shape} and {features.shape}")
             self.images = features_by_key(names, images)
             self.texts = features_by_key(texts, text_features)
@@ -532,6 +532,10 @@ HINTS = {"modules.json": "experiments/sentence_transformer_model.py reads this f
          "spiece.model": "its tokenizer needs the package sentencepiece"}
 
 
+# How far a unit vector may move, by rounding, with what is encoded beside it.
+TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
+
+
 def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
     """The model, vectors or lists that a command-line argument names.
 
@@ -547,6 +551,7 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
         if not callable(getattr(module, function, None)):
             raise UserError(f"{path} has no function or class {function!r}")
         model = getattr(module, function)()
+        # It chooses its own precision, so the wider tolerance.
         check_model(name, model, with_images, TOLERANCES["bf16"])
         return model
     if is_checkpoint(name):
@@ -583,10 +588,6 @@ def import_file(path: Path):
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
         raise UserError(f"{path}: another module has its name: give the file another one")
     return module
-
-
-# How far a unit vector may move, by rounding, with what is encoded beside it.
-TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 @torch.inference_mode()
@@ -818,8 +819,7 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# {field: the names that files have for it, in any letter case}. A table without such names in its
-# first row has these columns in this order.
+# {field: the names that files have for it, in any letter case}.
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
@@ -865,8 +865,11 @@ def parse_records(path):
         return [line.rstrip("\r").split(delimiter) for line in text.split("\n") if line.strip()]
 
 
-def read_records(path, fields: dict) -> list[tuple[str, dict]]:
-    """[(place, {field: value})] of a file, whatever its form; absent fields are absent."""
+def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, dict]]:
+    """[(place, {field: value})] of a file, whatever its form; absent fields are absent.
+
+    bare_columns: a table without names in its first row has this many columns, the first `fields`.
+    """
     records = parse_records(path)
     if isinstance(records, dict):
         # A dict of numbered records, or a single line of JSON lines.
@@ -877,13 +880,13 @@ def read_records(path, fields: dict) -> list[tuple[str, dict]]:
         if set(columns) & set(itertools.chain(*fields.values())):
             records = records[1:]
         else:
-            columns = list(fields)
+            columns = list(fields)[:bare_columns]
         rows, records = records, []
         for number, row in enumerate(rows, 1):
             with expecting(f"{path}, row {number}", f"{len(columns)} cells at most, with quotes "
                                                     "around a text that holds the delimiter"):
                 # Spreadsheets may end a row with empty cells.
-                if any(row[len(columns):]) and columns != list(STS_FIELDS):
+                if any(row[len(columns):]):
                     raise ValueError(f"there are {len(row)}")
                 records.append(dict(zip(columns, row)))
     found = []
@@ -925,7 +928,7 @@ def read_pairs(path) -> list[Pair]:
     """The pairs of a file, or of a SugarCrepe++ file (arXiv 2406.11171), which calls the texts
     caption, caption2 and negative_caption."""
     pairs = []
-    for place, record in read_records(path, PAIR_FIELDS):
+    for place, record in read_records(path, PAIR_FIELDS, bare_columns=2):
         with expecting(place, "query and paraphrase (SugarCrepe++: caption, caption2, "
                               "negative_caption) and, where known, image or images (a list), kind, "
                               "same (true or false) and group"):
@@ -978,7 +981,7 @@ def read_captions(path, split: str = "test") -> dict[str, list[str]]:
             records = [{"image": image["filename"], "captions": image["sentences"]}
                        for image in data["images"] if image["split"] == split]
         else:
-            records = [record for _, record in read_records(path, CAPTION_FIELDS)
+            records = [record for _, record in read_records(path, CAPTION_FIELDS, bare_columns=2)
                        if record.get("split", split) == split]
         captions = {}
         for record in records:
@@ -996,7 +999,7 @@ def read_captions(path, split: str = "test") -> dict[str, list[str]]:
 def read_sts(path) -> list[tuple[str, str, float]]:
     """[(sentence1, sentence2, score)]."""
     rows = []
-    for place, record in read_records(path, STS_FIELDS):
+    for place, record in read_records(path, STS_FIELDS, bare_columns=3):
         with expecting(place, "sentence1, sentence2 and a finite score"):
             score = float(record["score"])
             if not math.isfinite(score):

@@ -2828,6 +2828,8 @@ GOOD_FILES = {
 BAD_FILES = {
     "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3: expected JSON"),
     "comma without quotes": (ev.read_captions, "image,caption\na,b\na,A man, a dog", "row 2.*quotes"),
+    "comma in a bare table": (ev.read_pairs, "A dog, running,A hound\n", "row 1.*quotes"),
+    "comma in a bare caption": (ev.read_captions, "a.jpg,A man, a dog\n", "row 1.*quotes"),
     "stray quotes in csv": (ev.read_pairs, 'query,paraphrase\n"a "b" c",d', "CSV"),
     "a number among rows": (ev.read_pairs, '[["q", "p"], 5]', "row 2"),
     "no paraphrase": (ev.read_pairs, '{"query": "q"}', "record 1: expected query and paraphrase"),
