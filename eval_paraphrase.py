@@ -856,7 +856,8 @@ def parse_records(path):
         try:
             rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
             rows = [row for row in rows if row]
-            if delimiter == "," or len({len(row) for row in rows}) == 1:
+            # A cell that holds a tab runs from one stray quote to another, over lines.
+            if delimiter == "," or not any("\t" in cell for row in rows for cell in row):
                 return rows
         except csv.Error:
             if delimiter == ",":

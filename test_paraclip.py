@@ -2818,6 +2818,8 @@ GOOD_FILES = {
              [("a", "b", 4.5)]),
     "stray quotes": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n8\t1\t"c\td\n',
                      [("a", '"b', 3.0), ('"c', "d", 1.0)]),
+    "quotes over lines": (ev.read_sts, 'sentence1\tsentence2\tscore\na\t"b\t1\nc\td"\t2\n',
+                          [("a", '"b', 1.0), ("c", 'd"', 2.0)]),
     "quoted cells": (ev.read_sts, 'score\tsentence1\tsentence2\n3\ta\t"b\nc"\n',
                      [("a", "b\nc", 3.0)]),
     "templates": (ev.read_templates, "a {}\n\nof {} b\n", ["a {}", "of {} b"]),
