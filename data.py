@@ -12,6 +12,8 @@
 
 import signal
 
+import common  # noqa: F401, it says in one line which packages are missing
+
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -591,10 +593,11 @@ def group_members(members: list[tuple]):
     1.seg.png, 1.txt. Members of one key in one stretch are a sample. If a key is in several:
         1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample
         1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples
+    Of the keys in a stretch the fullest count: 1.seg.png beside 1.jpg and 1.txt is no sample.
     """
     # {key: {stretch: {extension: place}}}
     samples = {}
-    stretch, last_key, last_stem, stretches_with_image = 0, None, None, set()
+    stretch, last_key, last_stem = 0, None, None
     for key, extension, offset, size in members:
         if key != last_key:
             folder, _, name = key.rpartition("/")
@@ -602,14 +605,14 @@ def group_members(members: list[tuple]):
             stretch += stem != last_stem
             last_key, last_stem = key, stem
             sample = samples.setdefault(key, {}).setdefault(stretch, {})
-        if extension in IMAGE_TYPES:
-            stretches_with_image.add(stretch)
         if extension in sample:
             # Which of the two belongs to the others cannot be told.
             sample[extension] = "duplicate key"
         else:
             sample[extension] = (offset, size) if size else "empty or too large member, or a link"
 
+    # [(stretch, how full, key, sample)]
+    found, fullest = [], Counter()
     for key, parts in samples.items():
         if len(parts) > 1:
             kinds = ["image" if kind in IMAGE_TYPES else kind
@@ -619,9 +622,14 @@ def group_members(members: list[tuple]):
                 for other in others:
                     parts[first].update(parts.pop(other))
         for stretch, sample in parts.items():
-            # Beside an image, 1.metadata.json is no sample of its own, and no fault.
-            if stretch not in stretches_with_image or not sample.keys().isdisjoint(IMAGE_TYPES):
-                yield key, sample
+            # An image says more than a caption.
+            images = [kind in IMAGE_TYPES for kind in sample]
+            fullness = 2 * any(images) + (not all(images))
+            found.append((stretch, fullness, key, sample))
+            fullest[stretch] = max(fullest[stretch], fullness)
+    for stretch, fullness, key, sample in found:
+        if fullness == fullest[stretch]:
+            yield key, sample
 
 
 def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):

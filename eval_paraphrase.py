@@ -23,6 +23,8 @@ The file goes from metrics to models, galleries, readers of files, measurements,
 
 import signal
 
+import common  # noqa: F401, it says in one line which packages are missing
+
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1347,18 +1349,18 @@ class Pairs(Task):
             if keys == ():
                 results |= {("k",): self.k, ("gallery",): len(images.names)}
             shown = chosen if keys[:1] == ("changed",) else chosen[self.same[chosen]]
-            results[*keys, "pairs"] = len(shown)
-            results[*keys, "groups"] = len(set(self.groups[shown]))
+            results[(*keys, "pairs")] = len(shown)
+            results[(*keys, "groups")] = len(set(self.groups[shown]))
             for name, value in values.items():
                 measured = shown[~np.isnan(value[shown])]
                 if len(measured):
-                    results[*keys, *name] = Values(value[measured], self.groups[measured])
+                    results[(*keys, *name)] = Values(value[measured], self.groups[measured])
             # A comparison belongs to the subsets of its changed pair.
             inside = np.isin(compared[:, 1], chosen)
             if inside.any():
-                results[*keys, "contrast_pairs"] = int(inside.sum())
+                results[(*keys, "contrast_pairs")] = int(inside.sum())
                 groups = self.groups[compared[inside, 0]]
-                results[*keys, "contrast"] = Values(contrasts[inside], groups)
+                results[(*keys, "contrast")] = Values(contrasts[inside], groups)
         if not self.same.all():
             results[("ao_changed",)] = Values(ao[~self.same], self.groups[~self.same])
         return results

@@ -17,6 +17,8 @@ checkpoints.
 
 import signal
 
+import common  # noqa: F401, it says in one line which packages are missing
+
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -694,6 +694,17 @@ def test_users_causes_end_in_one_line(capsys, error, status, line):
     assert (stop.value.code, capsys.readouterr().err) == (status, f"error: {line}\n")
 
 
+@pytest.mark.parametrize("program", [
+    ["data.py"], ["paraclip.py"], ["eval_paraphrase.py"], ["-m", "demo.edits"],
+    ["-m", "experiments.geometry"]])
+def test_missing_packages_are_said_in_one_line(program):
+    # -S: without the folder that packages are installed in.
+    done = subprocess.run([sys.executable, "-S", *program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == ("error: the package torch is missing: activate the virtual environment, "
+                           "or run pip install -r requirements.txt\n")
+
+
 @pytest.mark.parametrize("program", ["data.py", "paraclip.py", "eval_paraphrase.py"])
 def test_ctrl_c_during_imports_prints_no_traceback(tmp_path, program):
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nwhile True: pass")
@@ -774,10 +785,11 @@ def test_find_shards_understands_every_spelling(tmp_path, capsys):
     {"k.jpg": JPEG, "k.txt": b"\n", "k.json": b'{"caption": "c"}'},
     {"k.jpg": JPEG, "k.txt": b"['c', 'd']", "k.json": b'{"caption": ["c", "d"]}'},
     {"k.gif": JPEG, "k.metadata.json": b"{}", "k.txt": b"c"},
+    {"k.jpg": JPEG, "k.seg.png": JPEG, "k.txt": b"c"},
     {"k.jpg": JPEG, "k.txt": b"c", "._k.jpg": b"x", "._k.txt": b"x"},
     {"k.jpg": JPEG, "other.cls": b"", "k.txt": b"c"}],
     ids=["capital letters", "caption first", "json", "both", "dots and folders", "empty text",
-         "list", "member between", "macOS", "apart"])
+         "list", "member between", "another image", "macOS", "apart"])
 def test_image_and_caption_share_a_key(tmp_path, members):
     index = index_of(tmp_path, members)
     assert samples_of(index) == [("c", JPEG)] and index.skipped == {}

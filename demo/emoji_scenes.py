@@ -453,15 +453,19 @@ def emoji_folder() -> Path:
             print(f"drawing the emoji scenes into {folder} ...", file=sys.stderr)
             unfinished = folder.with_name(".emoji.paraclip-tmp")
             older = folder.with_name(".emoji.paraclip-old")
-            # Left behind by a drawing that was killed.
-            for left_behind in (unfinished, older):
-                shutil.rmtree(left_behind, ignore_errors=True)
-            write_emoji(unfinished)
-            (unfinished / "version.txt").write_text(VERSION)
-            if names:
-                os.replace(folder, older)
-            os.replace(unfinished, folder)
-            shutil.rmtree(older, ignore_errors=True)
+            try:
+                # One that was killed may have left a part behind.
+                shutil.rmtree(unfinished, ignore_errors=True)
+                write_emoji(unfinished)
+                (unfinished / "version.txt").write_text(VERSION)
+                if names:
+                    shutil.rmtree(older, ignore_errors=True)
+                    os.replace(folder, older)
+                os.replace(unfinished, folder)
+            finally:
+                # On a full disk the unfinished set would stay in the way.
+                for left_behind in (unfinished, older):
+                    shutil.rmtree(left_behind, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the emoji set to {folder}: {error.strerror or error}; set "
                         "PARACLIP_DATA to a folder that can be written") from None

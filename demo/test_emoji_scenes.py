@@ -1,6 +1,7 @@
 """Tests of the emoji scenes: names, drawings, and the set as it is written."""
 
 import json
+import errno
 import os
 import random
 import re
@@ -257,6 +258,17 @@ def test_after_a_kill_it_is_drawn_anew(folder):
     (folder.parent / ".emoji.paraclip-tmp/train").mkdir(parents=True)
     assert emoji_scenes.emoji_folder() == folder
     assert (folder / "train").is_dir()
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, monkeypatch):
+    def write_a_part(root):
+        (root / "train").mkdir(parents=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(emoji_scenes, "write_emoji", write_a_part)
+    with pytest.raises(data.UserError, match="cannot write the emoji set.*No space left"):
+        emoji_scenes.emoji_folder()
+    assert [path.name for path in folder.parent.iterdir()] == ["emoji.lock"]
 
 
 def test_a_complete_set_is_only_read(folder, monkeypatch):
