@@ -682,7 +682,7 @@ def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> t
                 return captions_in(record, caption_keys), offset, size, kind == "json"
             except BadSample as reason:
                 # A .txt that cannot be used is as good as none.
-                fault = fault or reason
+                fault = reason
     raise fault or BadSample("no caption")
 
 
@@ -728,7 +728,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     if not is_json:
         # So img2dataset writes a list.
-        if text.startswith(("['", '["')) and text.rstrip().endswith(("']", '"]')):
+        if text.startswith(("['", '["', "[None", "[]")) and text.rstrip().endswith("]"):
             raise BadSample("a list in Python's notation in .txt, see --caption-key")
         return {"caption": text}
     with contextlib.suppress(ValueError, RecursionError):
