@@ -672,7 +672,7 @@ def place_of(sample: dict, kinds, absent: str) -> tuple[int, int]:
 def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> tuple:
     """(captions, offset, bytes, is_json) of a sample's captions. Adds to `fields` those of its
     KEY.json, if it is read. Raises BadSample."""
-    fault = None
+    fault = BadSample("no caption")
     for kind in ["json"] if caption_keys else ["txt", "json"]:
         if kind in sample:
             try:
@@ -683,7 +683,7 @@ def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> t
             except BadSample as reason:
                 # A .txt that cannot be used is as good as none.
                 fault = reason
-    raise fault or BadSample("no caption")
+    raise fault
 
 
 def open_shard(path: str):
