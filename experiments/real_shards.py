@@ -112,8 +112,8 @@ def check(folder: str, sources: list[Source], setting: Setting) -> dict:
         captions = index.captions(number)
         source = unseen.pop(captions[0], None)
         if source is None or captions != (source.captions if setting.several else [source.text]):
-            raise UserError(f"{folder}: the captions of sample {number} are {captions}: expected "
-                            "those of one URL, once")
+            raise UserError(f"{folder}: sample {number} has captions that no URL has, or that an "
+                            f"earlier sample had: {captions}")
         try:
             image = decode_image(index.image(number))  # (3, H, W)
         except BadSample:
