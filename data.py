@@ -233,8 +233,8 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
 # If so many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
 # tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
-LENGTH_GROUPS = 4
-MIN_GROUP = 64
+LENGTH_GROUPS = 8
+MIN_GROUP = 32
 
 
 class Sample(NamedTuple):
@@ -299,9 +299,10 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
     objective.captions(samples) gives what the text tower encodes, C captions for each sample;
     objective.constants(samples) a tensor with a row for each sample, or None.
     """
-    # The order within a batch does not matter to the loss. Sorted by length, captions need little
-    # padding.
-    samples = sorted(samples, key=lambda sample: len(sample.caption))
+    # The order within a batch does not matter to the loss. Sorted by their number of tokens,
+    # captions need little padding.
+    mask = tokenize([sample.caption for sample in samples])["attention_mask"]
+    samples = [samples[i] for i in mask.sum(1).argsort(stable=True)]
     size = len(samples) // accum
     micro_batches = []
     for first in range(0, len(samples), size):
@@ -315,7 +316,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
 
 
 def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
-    """Captions, sorted by length -> token batches, each of captions of about equal length."""
+    """Captions, sorted by number of tokens -> token batches of captions of about equal length."""
     group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
     return [tokenize(captions[i:i + group]) for i in range(0, len(captions), group)]
 

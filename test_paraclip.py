@@ -1131,9 +1131,11 @@ def test_epochs_are_permutations_and_seeds_mix_other_samples(monkeypatch):
 
 
 def as_letters(captions: list[str]) -> dict:
-    """A tokenizer whose tokens are letters."""
-    rows = [torch.tensor([ord(letter) for letter in caption]) for caption in captions]
-    return {"ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+    """A tokenizer whose tokens are all characters but hyphens."""
+    rows = [torch.tensor([ord(letter) for letter in caption if letter != "-"])
+            for caption in captions]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"ids": ids, "attention_mask": ids > 0}
 
 
 class OneCaption:
@@ -1206,12 +1208,14 @@ def make_sample(number: int, *captions: str) -> data.Sample:
     return data.Sample(image, captions[0], list(captions), epoch=0, number=number, fault="")
 
 
-def test_captions_of_equal_length_are_grouped(monkeypatch):
+def test_captions_of_as_many_tokens_are_grouped(monkeypatch):
     monkeypatch.setattr(data, "MIN_GROUP", 2)
-    samples = [make_sample(0, length * "x") for length in 16 * [1, 2, 3, 4]]
+    # The longer in letters, the fewer tokens.
+    captions = [length * "x" + (12 - 2 * length) * "-" for length in range(5)[1:]]
+    samples = [make_sample(0, caption) for caption in 16 * captions]
     batch = data.collate(samples, 1, as_letters, OneCaption())
     (_, token_batches), = batch.micro_batches
-    assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 2, 3, 4]
+    assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("accum", [1, 2])
