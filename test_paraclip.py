@@ -919,10 +919,12 @@ def dated(entries: bytes) -> bytes:
     with_checksum(HEADER[:345] + b"folder" + HEADER[351:]),
     with_checksum(HEADER[:124] + b"-" + HEADER[125:]),
     with_checksum(HEADER[:135] + b"0" + HEADER[136:]),
+    with_checksum(HEADER[:337] + b"0 1" + HEADER[340:]),
     with_checksum(HEADER[:6] + b"g" + HEADER[7:]),
     dated(b"11 path=2.j\n"), dated(b"17 mtime=1\n"), dated(b"11 mtime=1\n" * 50), dated(b""),
     dated(b"11 mtime=1\n")[:1024] + with_checksum(HEADER[:156] + b"x" + HEADER[157:])],
-    ids=["checksum", "link", "folder", "long name", "negative", "long size", "two names",
+    ids=["checksum", "link", "folder", "long name", "negative", "long size",
+         "no number", "two names",
          "path", "length", "many dates", "no dates", "two dates"])
 def test_unusual_headers_are_left_to_tarfile(tmp_path, header):
     path = tmp_path / "0.tar"
