@@ -233,8 +233,8 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
 # If so many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
 # tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
-LENGTH_GROUPS = 4
-MIN_GROUP = 64
+LENGTH_GROUPS = 8
+MIN_GROUP = 32
 
 
 class Sample(NamedTuple):
@@ -299,9 +299,10 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
     objective.captions(samples) gives what the text tower encodes, C captions for each sample;
     objective.constants(samples) a tensor with a row for each sample, or None.
     """
-    # The order within a batch does not matter to the loss. Sorted by length, captions need little
-    # padding.
-    samples = sorted(samples, key=lambda sample: len(sample.caption))
+    # The order within a batch does not matter to the loss. Sorted by their number of tokens,
+    # captions need little padding.
+    mask = tokenize([sample.caption for sample in samples])["attention_mask"]
+    samples = [samples[i] for i in mask.sum(1).argsort(stable=True)]
     size = len(samples) // accum
     micro_batches = []
     for first in range(0, len(samples), size):
@@ -315,7 +316,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
 
 
 def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
-    """Captions, sorted by length -> token batches, each of captions of about equal length."""
+    """Captions, sorted by number of tokens -> token batches of captions of about equal length."""
     group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
     return [tokenize(captions[i:i + group]) for i in range(0, len(captions), group)]
 
@@ -436,9 +437,10 @@ def find_shards(data: str) -> list[str]:
 # block of zeros ends it.
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(BLOCK)
-HEADER = np.dtype({"names": ["name", "after size", "checksum", "kind", "magic", "prefix"],
-                   "formats": ["S100", "S1", "S8", "S1", "S8", "S1"],
-                   "offsets": [0, 135, 148, 156, 257, 345], "itemsize": BLOCK})
+HEADER = np.dtype({
+    "names": ["name", "owner", "after size", "date", "checksum", "kind", "magic", "device", "prefix"],
+    "formats": ["S100", "S24", "S1", "S12", "S8", "S1", "S8", "S16", "S1"],
+    "offsets": [0, 100, 135, 136, 148, 156, 257, 329, 345], "itemsize": BLOCK})
 # An entry of an extended header that only dates the next member. The number is its own length.
 DATE = re.compile(rb"(\d\d) [acm]time=[\d.]+\n")
 
@@ -518,6 +520,11 @@ def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, 
             or len(names) != len(headers)
             or not known.issuperset(zip(kinds, [size > 0 for _, size in places]))):
         raise ValueError("an unusual header")
+    # Nobody needs these numbers, but tarfile refuses a header where one is not octal.
+    for field, width in (("owner", 8), ("date", 12), ("device", 8)):
+        for numbers in set(fields[field].tolist()):
+            for start in range(0, len(numbers), width):
+                int(numbers[start:start + width].partition(b"\0")[0].strip() or b"0", 8)
     return [(name, *place) for name, kind, place in zip(names, kinds, places) if kind == b"0"]
 
 
@@ -611,8 +618,8 @@ def group_members(members: list[tuple]):
         else:
             sample[extension] = (offset, size) if size else "empty or too large member, or a link"
 
-    # [(stretch, how full, key, sample)]
-    found, fullest = [], Counter()
+    # {stretch: [(key, sample)]}
+    stretches = {}
     for key, parts in samples.items():
         if len(parts) > 1:
             kinds = ["image" if kind in IMAGE_TYPES else kind
@@ -622,14 +629,19 @@ def group_members(members: list[tuple]):
                 for other in others:
                     parts[first].update(parts.pop(other))
         for stretch, sample in parts.items():
-            # An image says more than a caption.
-            images = [kind in IMAGE_TYPES for kind in sample]
-            fullness = 2 * any(images) + (not all(images))
-            found.append((stretch, fullness, key, sample))
-            fullest[stretch] = max(fullest[stretch], fullness)
-    for stretch, fullness, key, sample in found:
-        if fullness == fullest[stretch]:
-            yield key, sample
+            stretches.setdefault(stretch, []).append((key, sample))
+    for neighbours in stretches.values():
+        if len(neighbours) > 1:
+            fullest = max(fullness(sample) for _, sample in neighbours)
+            neighbours = [(key, sample) for key, sample in neighbours
+                          if fullness(sample) == fullest]
+        yield from neighbours
+
+
+def fullness(sample: dict) -> int:
+    """3 with image and caption, 2 with an image, 1 with a caption."""
+    images = [kind in IMAGE_TYPES for kind in sample]
+    return 2 * any(images) + (not all(images))
 
 
 def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):

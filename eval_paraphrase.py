@@ -30,10 +30,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
-import csv
 import functools
 import importlib
-import io
 import itertools
 import json
 import math
@@ -60,9 +58,10 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, expecting, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
+from common.records import parse_records, read_lines, read_records, read_text
 from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
                   make_loader, read_range, scan_shard)
 from paraclip import load_model
@@ -348,20 +347,6 @@ def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
 
 # ---- models --------------------------------------------------------------------------------------
 # A model has preprocess(Pillow image), encode_image(batch of those), encode_text(list of str).
-@contextlib.contextmanager
-def expecting(what, form: str):
-    """Makes one line for the user of whatever a file or model of another form raises."""
-    try:
-        yield
-    except Exception as error:
-        # A file that cannot be opened is named already. (Those of transformers have no number.)
-        if isinstance(error, UserError) or getattr(error, "errno", None):
-            raise
-        # On one line, and cut, since some of transformers list every class that it has.
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UserError(f"{what}: expected {form} ({reason})") from None
-
-
 class HuggingFaceCLIP(torch.nn.Module):
     """Any model of transformers that has a vector for an image and one for a text: CLIP, SigLIP,
     ALIGN, BLIP and others. docs/models.md lists what was tried."""
@@ -833,78 +818,6 @@ STS_FIELDS = {"sentence1": ["sentence1", "sentence_a"], "sentence2": ["sentence2
               "score": ["score", "label", "similarity_score", "relatedness_score"]}
 
 
-def read_text(path) -> str:
-    with expecting(path, "text in UTF-8"):
-        # Spreadsheets begin their files with a byte order mark.
-        return Path(path).read_text(encoding="utf-8-sig")
-
-
-def parse_records(path):
-    """The JSON value in a file, or the list of the values of its lines, or the rows of its table,
-    lists of str."""
-    text = read_text(path)
-    with expecting(path, "JSON, JSON lines, CSV or TSV"):
-        if text.lstrip()[:1] in ("[", "{"):
-            with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(text)
-            records = []
-            # Not splitlines(), which also splits at characters that JSON allows in a text.
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    with expecting(f"{path}, line {number}", "JSON, or a JSON value in each line"):
-                        records.append(json.loads(line))
-            return records
-        delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-        try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-            rows = [row for row in rows if row]
-            # A cell that holds a tab runs from one stray quote to another, over lines.
-            if delimiter == "," or not any("\t" in cell for row in rows for cell in row):
-                return rows
-        except csv.Error:
-            if delimiter == ",":
-                raise
-        # In tab-separated sets such as GLUE's, quote characters quote nothing.
-        return [line.rstrip("\r").split(delimiter) for line in text.split("\n") if line.strip()]
-
-
-def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, dict]]:
-    """[(place, {field: value})] of a file, whatever its form; absent fields are absent.
-
-    bare_columns: a table without names in its first row has this many columns, the first `fields`.
-    """
-    records = parse_records(path)
-    if isinstance(records, dict):
-        # A dict of numbered records, or a single line of JSON lines.
-        values = list(records.values())
-        records = values if all(isinstance(value, dict) for value in values) else [records]
-    if records and isinstance(records[0], list):
-        columns = [str(cell).strip().lower() for cell in records[0]]
-        if set(columns) & set(itertools.chain(*fields.values())):
-            records = records[1:]
-        else:
-            columns = list(fields)[:bare_columns]
-        rows, records = records, []
-        for number, row in enumerate(rows, 1):
-            with expecting(f"{path}, row {number}", f"{len(columns)} cells at most, with quotes "
-                                                    "around a text that holds the delimiter"):
-                # Spreadsheets may end a row with empty cells.
-                if any(row[len(columns):]):
-                    raise ValueError(f"there are {len(row)}")
-                records.append(dict(zip(columns, row)))
-    found = []
-    for number, record in enumerate(records, 1):
-        place = f"{path}, record {number}"
-        with expecting(place, f"fields such as {', '.join(list(fields)[:3])}"):
-            record = {name.lower(): value for name, value in record.items()}
-        # Reversed, since the last entry wins in a dict: the first of the names has precedence.
-        found.append((place, {field: record[name] for field, names in fields.items()
-                              for name in reversed(names) if name in record}))
-    if not found:
-        raise UserError(f"{path} is empty: expected {', '.join(list(fields)[:3])}")
-    return found
-
-
 def checked_text(value) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is no text")
@@ -1010,14 +923,6 @@ def read_sts(path) -> list[tuple[str, str, float]]:
             rows.append((checked_text(record["sentence1"]).strip(),
                          checked_text(record["sentence2"]).strip(), score))
     return rows
-
-
-def read_lines(path) -> list[str]:
-    """The lines of a file that are not blank, of which there must be some."""
-    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty")
-    return lines
 
 
 def read_classnames(path) -> list[str]:
@@ -1248,8 +1153,8 @@ class Pairs(Task):
     def __init__(self, cfg, gallery):
         self.gallery, self.names, self.pairs = gallery, set(), []
         # Each different pair is kept once. subsets: {keys in the JSON, as ("kinds", "order"), or ()
-        # for all pairs: {index of a pair: None}}; a dict, since a set has no order.
-        subsets, index = {(): {}}, {}
+        # for all pairs: [indices of pairs]}.
+        subsets, index = {(): []}, {}
         for file, pair in given_pairs(cfg):
             self.names.update(pair.images)
             images = {gallery.find(name) or name for name in pair.images}
@@ -1263,15 +1168,15 @@ class Pairs(Task):
                 i = index.setdefault(content, len(index))
                 if i == len(self.pairs):
                     self.pairs.append(part)
-                subsets[()][i] = None
+                subsets[()].append(i)
                 if part.kind:
                     section = "kinds" if part.same else "changed"
-                    subsets.setdefault((section, part.kind), {})[i] = None
+                    subsets.setdefault((section, part.kind), []).append(i)
                 if len(cfg.pairs) > 1:
-                    subsets.setdefault(("files", file), {})[i] = None
+                    subsets.setdefault(("files", file), []).append(i)
         sections = ["kinds", "all", "files", "changed"]  # in the order of the table
         order = sorted(subsets, key=lambda keys: sections.index(keys[0] if keys else "all"))
-        self.subsets = {keys: np.array(list(subsets[keys])) for keys in order}
+        self.subsets = {keys: np.unique(subsets[keys]) for keys in order}
         self.same = np.array([pair.same for pair in self.pairs])
         self.groups = group_numbers(self.pairs)
 

@@ -922,10 +922,12 @@ def dated(entries: bytes) -> bytes:
     with_checksum(HEADER[:345] + b"folder" + HEADER[351:]),
     with_checksum(HEADER[:124] + b"-" + HEADER[125:]),
     with_checksum(HEADER[:135] + b"0" + HEADER[136:]),
+    with_checksum(HEADER[:337] + b"0 1" + HEADER[340:]),
     with_checksum(HEADER[:6] + b"g" + HEADER[7:]),
     dated(b"11 path=2.j\n"), dated(b"17 mtime=1\n"), dated(b"11 mtime=1\n" * 50), dated(b""),
     dated(b"11 mtime=1\n")[:1024] + with_checksum(HEADER[:156] + b"x" + HEADER[157:])],
-    ids=["checksum", "link", "folder", "long name", "negative", "long size", "two names",
+    ids=["checksum", "link", "folder", "long name", "negative", "long size",
+         "no number", "two names",
          "path", "length", "many dates", "no dates", "two dates"])
 def test_unusual_headers_are_left_to_tarfile(tmp_path, header):
     path = tmp_path / "0.tar"
@@ -1134,9 +1136,11 @@ def test_epochs_are_permutations_and_seeds_mix_other_samples(monkeypatch):
 
 
 def as_letters(captions: list[str]) -> dict:
-    """A tokenizer whose tokens are letters."""
-    rows = [torch.tensor([ord(letter) for letter in caption]) for caption in captions]
-    return {"ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+    """A tokenizer whose tokens are all characters but hyphens."""
+    rows = [torch.tensor([ord(letter) for letter in caption if letter != "-"])
+            for caption in captions]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"ids": ids, "attention_mask": ids > 0}
 
 
 class OneCaption:
@@ -1209,12 +1213,14 @@ def make_sample(number: int, *captions: str) -> data.Sample:
     return data.Sample(image, captions[0], list(captions), epoch=0, number=number, fault="")
 
 
-def test_captions_of_equal_length_are_grouped(monkeypatch):
+def test_captions_of_as_many_tokens_are_grouped(monkeypatch):
     monkeypatch.setattr(data, "MIN_GROUP", 2)
-    samples = [make_sample(0, length * "x") for length in 16 * [1, 2, 3, 4]]
+    # The longer in letters, the fewer tokens.
+    captions = [length * "x" + (12 - 2 * length) * "-" for length in range(5)[1:]]
+    samples = [make_sample(0, caption) for caption in 16 * captions]
     batch = data.collate(samples, 1, as_letters, OneCaption())
     (_, token_batches), = batch.micro_batches
-    assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 2, 3, 4]
+    assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 @pytest.mark.parametrize("accum", [1, 2])
@@ -1351,7 +1357,8 @@ def test_workers_outlive_signals_for_minutes(tmp_path):
     def signal_own_process(captions):
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        return {"seconds_left": torch.tensor(signal.alarm(0))}
+        seconds_left, _ = signal.getitimer(signal.ITIMER_REAL)
+        return as_letters(captions) | {"seconds_left": torch.tensor(seconds_left)}
 
     index = ShardIndex(write_shards(tmp_path, [8]))
     loader = training_loader(index, tokenize=signal_own_process, steps=1, workers=1)

@@ -8,11 +8,26 @@ import math
 import os
 import signal
 import sys
+import textwrap
 from dataclasses import field, fields
 
 
 class UserError(ValueError):
     """A mistake that a user can correct: the programs print it as one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def expecting(what, form: str):
+    """Makes one line for the user of whatever a file or model of another form raises."""
+    try:
+        yield
+    except Exception as error:
+        # A file that cannot be opened is named already. (Those of transformers have no number.)
+        if isinstance(error, UserError) or getattr(error, "errno", None):
+            raise
+        # On one line, and cut, since some of transformers list every class that it has.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise UserError(f"{what}: expected {form} ({reason})") from None
 
 
 @functools.cache
