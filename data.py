@@ -740,7 +740,8 @@ def read_record(content: bytes, is_json: bool) -> dict:
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     if not is_json:
         # So img2dataset writes a list.
-        if text.startswith(("['", '["', "[None", "[]")) and text.rstrip().endswith("]"):
+        is_list = text.startswith(("['", '["')) and text.rstrip().endswith(("']", '"]'))
+        if is_list or text == "[]":
             raise BadSample("a list in Python's notation in .txt, see --caption-key")
         return {"caption": text}
     with contextlib.suppress(ValueError, RecursionError):
