@@ -56,6 +56,7 @@ from tqdm import tqdm
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
+from common.records import fix_surrogates
 
 
 class BadSample(ValueError):
@@ -68,6 +69,7 @@ ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
                 ("caption", "<u8"), ("caption_size", "<u4"), ("is_json", "?")])
 # Neighbours are read from disk together, about so many bytes at a time.
 BLOCK_BYTES = 4 << 20
+MAX_AGE = 7 * 24 * 3600  # seconds that a set's former index is kept
 
 
 class ShardIndex:
@@ -89,8 +91,10 @@ class ShardIndex:
     def __init__(self, data: str, workers: int = 0, caption_keys: list[str] = ()):
         self.shards = find_shards(data)
         self.caption_keys = list(caption_keys)
+        stats = [os.stat(path) if os.path.exists(path) else None for path in self.shards]
+        self.versions = [stat and version_of(stat) for stat in stats]
         # ctime, unlike mtime, tells every change of a file.
-        ctimes = [os.stat(path).st_ctime_ns for path in self.shards if os.path.exists(path)]
+        ctimes = [stat.st_ctime_ns for stat in stats if stat]
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
         if not folder.exists():
@@ -120,13 +124,16 @@ class ShardIndex:
     def image(self, i: int) -> bytes:
         """The image file of sample i. Raises BadSample."""
         row = open_table(self.table)[i]
-        return read_range(self.shards[row["shard"]], row["image"], row["image_size"])
+        return self.read(row["shard"], row["image"], row["image_size"])
 
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, one or several. Raises BadSample."""
         row = open_table(self.table)[i]
-        content = read_range(self.shards[row["shard"]], row["caption"], row["caption_size"])
+        content = self.read(row["shard"], row["caption"], row["caption_size"])
         return captions_in(read_record(content, row["is_json"]), self.caption_keys)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        return read_range(self.shards[shard], offset, size, self.versions[shard])
 
     def prefetch(self, first: int, count: int):
         """Asks the system to read `count` neighbouring samples into its page cache as one piece.
@@ -147,6 +154,11 @@ class ShardIndex:
 @functools.lru_cache(maxsize=8)
 def open_table(path: Path) -> np.ndarray:
     return np.memmap(path, ROW, mode="r")
+
+
+def version_of(stat) -> tuple:
+    """What differs between two files, but not after a chmod or another hard link to one."""
+    return stat.st_mtime_ns, stat.st_size
 
 
 def hash_of(value) -> str:
@@ -175,9 +187,10 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
     # It takes no other's place either, since other ranks may be using one like it.
     if "unreadable shard" in facts["skipped"]:
         return unfinished
-    # The index of these shards as they were before, or what a killed process left.
+    # Indexes of these shards as they were before, and what killed processes left. Not the latest:
+    # where nodes share this folder and each has a copy of the shards, another may be using it.
     for former in folder.parent.iterdir():
-        if former.is_dir() and former != unfinished:
+        if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
     return unfinished.rename(folder)
 
@@ -187,7 +200,7 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
 #   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours
 #   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
-# The samples of a window are at least so many, if the set has them, and less than twice as many.
+# The samples of a window are about so many or more, if the set has them, and less than twice as many.
 WINDOW = 24_576
 
 
@@ -316,7 +329,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
 
 
 def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
-    """Captions, sorted by number of tokens -> token batches of captions of about equal length."""
+    """Captions in the order that collate() gives them -> token batches of about equal length."""
     group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
     return [tokenize(captions[i:i + group]) for i in range(0, len(captions), group)]
 
@@ -348,7 +361,9 @@ def read_ahead(batches):
     batches = iter(batches)
     # The first one is fetched here: torch notices dying workers only if the main thread started
     # them.
-    batch, waited = next(batches, None), 0.0
+    began = time.perf_counter()
+    batch = next(batches, None)
+    waited = time.perf_counter() - began
     with ThreadPoolExecutor(1) as fetcher:
         while batch is not None:
             upcoming = fetcher.submit(next, batches, None)
@@ -524,7 +539,9 @@ def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, 
     for field, width in (("owner", 8), ("date", 12), ("device", 8)):
         for numbers in set(fields[field].tolist()):
             for start in range(0, len(numbers), width):
-                int(numbers[start:start + width].partition(b"\0")[0].strip() or b"0", 8)
+                # One that begins so is in base 256, as are those of large user ids.
+                if numbers[start] not in (0x80, 0xFF):
+                    int(numbers[start:start + width].partition(b"\0")[0].strip() or b"0", 8)
     return [(name, *place) for name, kind, place in zip(names, kinds, places) if kind == b"0"]
 
 
@@ -596,21 +613,22 @@ def group_members(members: list[tuple]):
     """Yields (key, {extension: (offset, bytes)}) of each sample of a shard, from what scan_shard
     gives. In place of what cannot be used stands the reason, a str.
 
-    A stretch is a sequence of neighbours whose names agree up to their first dot, such as 1.jpg,
-    1.seg.png, 1.txt. Members of one key in one stretch are a sample. If a key is in several:
+    A stretch is a sequence of neighbours whose names begin with one key, such as 1.jpg, 1.seg.png,
+    1.txt. Members of one key in one stretch are a sample. If a key is in several:
         1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample
         1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples
     Of the keys in a stretch the fullest count: 1.seg.png beside 1.jpg and 1.txt is no sample.
     """
     # {key: {stretch: {extension: place}}}
     samples = {}
-    stretch, last_key, last_stem = 0, None, None
+    stretch, stem, last_key = 0, None, None
     for key, extension, offset, size in members:
         if key != last_key:
-            folder, _, name = key.rpartition("/")
-            stem = folder, name.partition(".")[0]
-            stretch += stem != last_stem
-            last_key, last_stem = key, stem
+            last_key = key
+            if stem is None or not f"{key}.".startswith(f"{stem}."):
+                # 1.seg.png may also stand before 1.jpg.
+                stretch += stem is None or not stem.startswith(f"{key}.")
+                stem = key
             sample = samples.setdefault(key, {}).setdefault(stretch, {})
         if extension in sample:
             # Which of the two belongs to the others cannot be told.
@@ -709,12 +727,16 @@ def open_version(path: str, ctime: int):
     return open(path, "rb", buffering=0)
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read."""
+def read_range(path: str, offset: int, size: int, version: tuple | None = None) -> bytes:
+    """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read, or if the
+    file is no longer the one of this version_of()."""
     try:
         file = open_shard(path)
+        changed = version and version_of(os.fstat(file.fileno())) != version
     except OSError:
         raise BadSample("unreadable shard") from None
+    if changed:
+        raise BadSample("shard changed since it was indexed")
     return read_from(file, offset, size)
 
 
@@ -727,12 +749,6 @@ def read_from(file, offset: int, size: int) -> bytes:
     if len(content) < size:
         raise BadSample("unreadable shard")
     return content
-
-
-def fix_surrogates(text: str) -> str:
-    """Replaces half surrogate pairs by ?. Captions cut in mid-emoji have them, and tokenizers
-    refuse them."""
-    return text.encode("utf-8", errors="replace").decode()
 
 
 def read_record(content: bytes, is_json: bool) -> dict:
@@ -752,7 +768,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
 
 def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
     """The captions in these fields, by default in "caption": a text or a list of texts each, white
-    space folded, and cut after MAX_CAPTION characters. Raises BadSample if none has a letter."""
+    space folded, and cut after MAX_CAPTION characters. Raises BadSample if all are blank."""
     caption_keys = caption_keys or ["caption"]
     captions = []
     for key in caption_keys:
@@ -849,7 +865,7 @@ def center_crop(image: Image.Image, size: int) -> torch.Tensor:
 # ---- python data.py PATH -------------------------------------------------------------------------
 @dataclass
 class InspectConfig:
-    data: str = flag("", "shards, as for paraclip.py --data", positional=True)
+    data: str = flag("", "shards, as for paraclip.py --data, or cc12m", positional=True)
     caption_key: list[str] = flag([], "fields of KEY.json, as for paraclip.py --caption-key")
     workers: int = flag(1, "processes that read and decode", low=0)
 

@@ -61,9 +61,10 @@ from tqdm import tqdm
 from common.cli import UserError, check_ranges, expecting, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
-from common.records import parse_records, read_lines, read_records, read_text
-from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
-                  make_loader, read_range, scan_shard)
+from common.records import (checked_text, checked_texts, fix_surrogates, read_captions, read_lines,
+                            read_records, read_text)
+from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, make_loader,
+                  read_range, scan_shard)
 from paraclip import load_model
 
 
@@ -420,6 +421,9 @@ class HuggingFaceCLIP(torch.nn.Module):
         inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
         return self.features(self.text_tower, inputs)
 
+    def count_tokens(self, texts):
+        return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+
     def features(self, tower, inputs):
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         with torch.autocast(self.model.device.type, torch.bfloat16, self.bf16):
@@ -461,8 +465,9 @@ class Vectors:
         return self.look_up(texts, self.texts, "texts")
 
     def encode_gallery(self, gallery):
+        # Its own name first: 1.jpg must not take the place of sub/1.jpg.
         known = {gallery.find(name): features for name, features in self.images.items()}
-        return self.look_up(gallery.names, known, "images")
+        return self.look_up(gallery.names, known | self.images, "images")
 
     def look_up(self, keys, features, what):
         missing = [key for key in keys if key not in features]
@@ -640,8 +645,10 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
 
 def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
     """Features (len(texts), E). Equal texts are encoded once and get the same feature."""
-    # Texts of similar length together need little padding.
-    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    # Texts of as many tokens, or else of similar length, together need little padding.
+    unique = sorted(set(texts))
+    lengths = model.count_tokens(unique) if hasattr(model, "count_tokens") else map(len, unique)
+    unique = [text for _, text in sorted(zip(lengths, unique))]
     features = []
     starts = range(0, len(unique), cfg.batch_size)
     for start in tqdm(starts, "texts", leave=False, disable=None):
@@ -705,7 +712,12 @@ def list_gallery(source: str) -> Gallery:
     source: the folder, or shards as for --data of paraclip.py. Raises UserError if it has no image.
     """
     folder = Path(source)
-    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else find_shards(source)
+    if folder.is_dir():
+        shards = sorted(folder.glob("*.tar"))
+    elif re.search(r"[*?{]|\.tar|^cc12m$", source):
+        shards = find_shards(source)
+    else:
+        raise UserError(f"{source}: there is no such folder")
     from_shards, skipped = {}, Counter()
     for shard in shards:
         members, shard_skipped, _ = scan_shard(shard)
@@ -806,26 +818,14 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# {field: the names that files have for it, in any letter case}.
+# What read_records() takes of each kind of file.
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
 LIST_FIELDS = {name: [name] for name in ("text", "ranking", "query", "query_ranking", "paraphrase",
                                          "paraphrase_ranking")}
-CAPTION_FIELDS = {"image": ["image", "filename", "file_name"],
-                  "captions": ["captions", "caption", "sentences", "text"], "split": ["split"]}
 STS_FIELDS = {"sentence1": ["sentence1", "sentence_a"], "sentence2": ["sentence2", "sentence_b"],
-              "score": ["score", "label", "similarity_score", "relatedness_score"]}
-
-
-def checked_text(value) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is no text")
-    return fix_surrogates(value)
-
-
-def checked_texts(value) -> list[str]:
-    return [checked_text(text) for text in (value if isinstance(value, list) else [value])]
+              "score": ["score", "similarity_score", "relatedness_score", "label"]}
 
 
 class Pair(NamedTuple):
@@ -848,7 +848,8 @@ def read_pairs(path) -> list[Pair]:
         with expecting(place, "query and paraphrase (SugarCrepe++: caption, caption2, "
                               "negative_caption) and, where known, image or images (a list), kind, "
                               "same (true or false) and group"):
-            same = {"true": True, "": True, "false": False}[str(record.get("same", "")).lower()]
+            same = {"true": True, "": True, "none": True,
+                    "false": False}[str(record.get("same", "")).lower()]
             group, images = record.get("group"), record.get("images") or []
             if group == "":
                 group = None  # an empty cell of a table
@@ -857,7 +858,7 @@ def read_pairs(path) -> list[Pair]:
             pairs.append(Pair(
                 checked_text(record["query"]), checked_text(record["paraphrase"]),
                 tuple(checked_texts(images)), fix_surrogates(record.get("kind") or ""),
-                fix_surrogates(record.get("negative") or ""), same, group))
+                fix_surrogates(record.get("negative") or "").strip(), same, group))
     return pairs
 
 
@@ -884,31 +885,13 @@ def read_lists(path) -> dict[str, list[str]]:
     return lists
 
 
-def read_captions(path, split: str = "test") -> dict[str, list[str]]:
-    """{image name: [captions]} of COCO's JSON, of Karpathy's (the images of one split), or of
-    records or rows of an image and a caption or its captions."""
-    data = parse_records(path)
-    with expecting(path, "captions: COCO's or Karpathy's JSON, or records of image and caption"):
-        if isinstance(data, dict) and "annotations" in data:
-            names = {image["id"]: image["file_name"] for image in data["images"]}
-            records = [{"image": names[annotation["image_id"]], "captions": annotation["caption"]}
-                       for annotation in data["annotations"]]
-        elif isinstance(data, dict) and "images" in data:
-            records = [{"image": image["filename"], "captions": image["sentences"]}
-                       for image in data["images"] if image["split"] == split]
-        else:
-            records = [record for _, record in read_records(path, CAPTION_FIELDS, bare_columns=2)
-                       if record.get("split", split) == split]
-        captions = {}
-        for record in records:
-            texts = record["captions"]
-            for text in texts if isinstance(texts, list) else [texts]:
-                # Karpathy's sentences have their tokens beside; Flickr's lines number the captions.
-                text = checked_text(text["raw"] if isinstance(text, dict) else text)
-                name = re.sub(r"#\d+$", "", checked_text(record["image"]))
-                captions.setdefault(name, []).append(text)
-        if not captions:
-            raise ValueError("there is none")
+def read_captions_of_images(path, split: str) -> dict[str, list[str]]:
+    """{image name: [captions]} of a file, see read_captions()."""
+    captions = {}
+    for caption, image in read_captions(path, split):
+        if not image:
+            raise UserError(f"{path}: expected an image's name for the caption {caption!r}")
+        captions.setdefault(image, []).append(caption)
     return captions
 
 
@@ -985,6 +968,8 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str |
                     for member in tar:
                         key, _, extension = member.name.rpartition(".")
                         if extension == "cls" and key in gallery.images:
+                            if key in labels:
+                                raise ValueError(f"{member.name} is in two shards")
                             labels[key] = int(tar.extractfile(member).read())
                             if not 0 <= labels[key] < len(classnames):
                                 raise ValueError(f"{member.name} is {labels[key]}, and "
@@ -1275,7 +1260,7 @@ class Captions(Task):
     """Recall of captions among the images that have any."""
 
     def __init__(self, cfg, gallery):
-        self.gallery, self.captions = gallery, read_captions(cfg.captions, cfg.split)
+        self.gallery, self.captions = gallery, read_captions_of_images(cfg.captions, cfg.split)
         self.names = set(self.captions)
 
     def measure(self, model, images, cfg):
@@ -1314,7 +1299,7 @@ class Triplets(Task):
         for path, file in zip(cfg.triplets, short_names(cfg.triplets)):
             self.files[file] = read_pairs(path)
             for triplet in self.files[file]:
-                if not triplet.negative.strip():
+                if not triplet.negative:
                     raise UserError(f"{path}: expected SugarCrepe++ JSON with a negative_caption, "
                                     f"also of {triplet.query!r}")
         triplets = itertools.chain(*self.files.values())

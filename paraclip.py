@@ -43,10 +43,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import mean_over_ranks, rank_and_world_size
+from common.records import fix_surrogates
 from common.run_folder import StopSignals, open_run_folder, read_checkpoint
-from data import (BadSample, ShardIndex, center_crop, fix_surrogates, read_ahead, training_loader)
+from data import BadSample, ShardIndex, center_crop, read_ahead, training_loader
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -145,10 +146,10 @@ RECIPES = {
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
         crop=0.5, workers=-1, save_every=2000),
 }
-# Fields that may change when a run is resumed: they change results by rounding at most. For data
-# the content is compared, not the path, so that a set may move to another disk.
-MAY_CHANGE = ("data", "recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
-              "keep_every")
+# Fields that may change when a run is resumed: they change results by rounding at most. Of data and
+# lm the content is compared, not the path, so that they may move to another disk.
+MAY_CHANGE = ("data", "lm", "recipe", "out", "workers", "accum", "cache_lm", "compile",
+              "save_every", "keep_every")
 # Fields that may differ between the ranks of a run, whose nodes may have other disks and cores.
 MAY_DIFFER = ("data", "recipe", "out", "workers")
 
@@ -426,11 +427,14 @@ class ParaCLIP(nn.Module):
             return self.encode_tokens(text)
         if not all(isinstance(caption, str) for caption in text):
             raise ValueError("text: expected a list of str")
-        # Captions of similar length together need little padding.
-        order = sorted(range(len(text)), key=lambda i: len(text[i]))
-        batches = [self.tokenize([text[i] for i in order[first:first + ENCODE_BATCH]])
-                   for first in range(0, len(text), ENCODE_BATCH)]
-        return self.encode_tokens(batches)[torch.tensor(order).argsort()]
+        # Captions of about as many tokens together need little padding.
+        order = torch.tensor(self.count_tokens(text)).argsort()
+        batches = [self.tokenize([text[i] for i in numbers]) for numbers in order.split(ENCODE_BATCH)]
+        return self.encode_tokens(batches)[order.argsort()]
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        """How many tokens each caption has: those of as many need no padding in a batch."""
+        return self.tokenize(captions)["attention_mask"].sum(1).tolist()
 
     def encode_tokens(self, token_batches: list[dict]):
         """-> unit features (B, E) of all rows, in their order. In training, captions of similar
@@ -730,7 +734,7 @@ def train(cfg: Config, make_objective=Contrastive):
                                  objective, pin_memory=distributed.ON_GPU)
         folder.print(model.text_tower.describe())
         folder.print(f"{cfg.out}: steps {folder.step + 1} to {steps} on {world_size} x {device}, "
-                     f"{cfg.precision}")
+                     f"{cfg.precision}; {len(index):,} samples, left out: {dict(index.skipped)}")
         folder.start()
         # From here on there is something to save.
         with StopSignals() as signals, contextlib.closing(read_ahead(loader)) as batches:
@@ -758,8 +762,8 @@ def train(cfg: Config, make_objective=Contrastive):
                                  "resume")
                     # The same status for all signals: not every rank may have had the signal.
                     raise SystemExit(128 + signal.SIGTERM)
-        folder.print(f"done; left out of the index: {dict(index.skipped)}; replaced while "
-                     f"training: {dict(replaced)}. Next: python eval_paraphrase.py {cfg.out}")
+        folder.print(f"done; replaced while training: {dict(replaced)}. Next: python "
+                     f"eval_paraphrase.py {cfg.out}")
 
 
 def open_index(cfg: Config) -> ShardIndex:
@@ -781,6 +785,8 @@ def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
     if cfg.batch_size > len(index):
         raise UserError(f"--batch-size {cfg.batch_size} exceeds the {len(index)} usable samples of "
                         f"{cfg.data}")
+    if steps <= cfg.warmup:
+        note(f"--warmup {cfg.warmup} is not shorter than the {steps} steps: --lr is never reached")
     if not steps:
         raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
                         f"step of --batch-size {cfg.batch_size}")

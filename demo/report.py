@@ -243,7 +243,8 @@ def list_html(record: dict, side: str, other: str, k: int, number_of: dict, titl
         if name in others:
             marks.append("both")
             says += f", number {others.index(name) + 1} of the {other}"
-        if name in record["images"]:
+        # The other text of a pair whose meaning changed describes another image.
+        if name in record["images"] and (record["same"] or side == "query"):
             marks.append("right")
             says += ", correct"
         items.append(f'<li class="{" ".join(marks)}"><img data-i="{number_of[name]}" '

@@ -8,7 +8,6 @@ mean the same. This term reminds both towers: images whose captions mean about t
 captions of an image taken together, should end up close. Tables: docs/experiments.md.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -70,13 +69,12 @@ def caption_centroids(model, index, tokenize) -> torch.Tensor:
     for first in tqdm(range(0, len(index), 64), "targets", disable=None, leave=False):
         captions, numbers = [], []
         for number in range(first, min(first + 64, len(index))):
-            # A sample without a caption is replaced in training, so nobody asks for its target.
-            with contextlib.suppress(BadSample):
-                for caption in index.captions(number):
-                    captions.append(caption)
-                    numbers.append(number)
-        if not captions:
-            continue
+            try:
+                new = index.captions(number)
+            except BadSample as reason:
+                raise UserError(f"the target of sample {number} cannot be computed: {reason}") from None
+            captions += new
+            numbers += [number] * len(new)
         tokens = {name: tensor.to(device) for name, tensor in tokenize(captions).items()}
         with model.autocast():
             states = model.text_tower.lm_states(tokens)

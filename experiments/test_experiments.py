@@ -189,7 +189,7 @@ def test_val_pairs_come_from_captions_alone():
 
 
 def test_recall_is_over_official_test_images(benchmark):
-    coco = eval_paraphrase.read_captions(benchmark / "test/captions.json")
+    coco = eval_paraphrase.read_captions_of_images(benchmark / "test/captions.json")
     assert sorted(coco) == ["35", "36", "37", "38", "39"] and len(coco["35"]) == 5
 
 
