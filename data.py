@@ -702,7 +702,7 @@ def place_of(sample: dict, kinds, absent: str) -> tuple[int, int]:
 def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> tuple:
     """(captions, offset, bytes, is_json) of a sample's captions. Adds to `fields` those of its
     KEY.json, if it is read. Raises BadSample."""
-    fault = None
+    fault = BadSample("no caption")
     for kind in ["json"] if caption_keys else ["txt", "json"]:
         if kind in sample:
             try:
@@ -712,8 +712,8 @@ def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> t
                 return captions_in(record, caption_keys), offset, size, kind == "json"
             except BadSample as reason:
                 # A .txt that cannot be used is as good as none.
-                fault = fault or reason
-    raise fault or BadSample("no caption")
+                fault = reason
+    raise fault
 
 
 def open_shard(path: str):
@@ -756,7 +756,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     if not is_json:
         # So img2dataset writes a list.
-        if text.startswith(("['", '["')) and text.rstrip().endswith(("']", '"]')):
+        if text.startswith(("['", '["', "[None", "[]")) and text.rstrip().endswith("]"):
             raise BadSample("a list in Python's notation in .txt, see --caption-key")
         return {"caption": text}
     with contextlib.suppress(ValueError, RecursionError):

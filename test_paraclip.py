@@ -845,6 +845,9 @@ def captions_of_test_are_cleaned_and_cut(tmp_path, name, content, captions):
     ({"a.jpg": JPEG, "a.json": b'{"text": "a"}'}, "no caption in .json"),
     ({"a.jpg": JPEG, "a.json": b'["caption"]'}, "broken .json"),
     ({"a.jpg": JPEG, "a.json": b"[" * 99_999}, "broken .json"),
+    # So img2dataset writes a missing caption, and an empty list of them.
+    ({"a.jpg": JPEG, "a.txt": b"", "a.json": b'{"caption": null}'}, "empty caption"),
+    ({"a.jpg": JPEG, "a.txt": b"[]", "a.json": b'{"caption": []}'}, "empty caption"),
     ({"a.jpg": JPEG, "a.txt": b"['a', 'b']"},
      "a list in Python's notation in .txt, see --caption-key")])
 def test_a_bad_sample_is_counted(tmp_path, members, reason):
