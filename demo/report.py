@@ -309,6 +309,8 @@ def page_html(results, details, chosen, k, is_cut, thumbnail) -> str:
         note += (f": with more of them, this page would exceed {MAX_BYTES // 10**6} MB." if is_cut
                  else " (--report-pairs shows more).")
     more = f" The first {SHOWN} of {k} images are shown." if k > SHOWN else ""
+    if not all(record["same"] for record in records):
+        more += " Where the meaning changed, a high AO counts as the worse one."
     correct = any(record["images"] for record in records)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
