@@ -250,6 +250,7 @@ def test_a_model_that_hears_nothing_has_no_contrast():
     assert half["contrast"] == 0.75
     with pytest.raises(UserError, match="share a sentence"):
         invariance.measure(pairs[:1], images, texts)
+    assert invariance.words_in_common({"query": "a red dog", "paraphrase": "A dog."}) == 2 / 3
 
 
 def test_invariance_of_a_run(benchmark, lm, tmp_path, capsys):
