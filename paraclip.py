@@ -429,7 +429,7 @@ class ParaCLIP(nn.Module):
             raise ValueError("text: expected a list of str")
         # Captions of about as many tokens together need little padding.
         order = torch.tensor(self.count_tokens(text)).argsort()
-        batches = [self.tokenize([text[i] for i in numbers]) for numbers in order.split(ENCODE_BATCH)]
+        batches = [self.tokenize([text[i] for i in part]) for part in order.split(ENCODE_BATCH)]
         return self.encode_tokens(batches)[order.argsort()]
 
     def count_tokens(self, captions: list[str]) -> list[int]:

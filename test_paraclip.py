@@ -55,6 +55,7 @@ from common import distributed, records, run_folder
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import rank_and_world_size
 from common.files import atomic_write, cache_folder
+from common.tar import list_any, list_plain
 from data import BadSample, Batch, Sample, ShardIndex, collate
 from demo import edits
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
@@ -699,7 +700,8 @@ def test_users_causes_end_in_one_line(capsys, error, status, line):
     ["-m", "experiments.geometry"]])
 def test_missing_packages_are_said_in_one_line(program):
     # -S: without the folder that packages are installed in.
-    done = subprocess.run([sys.executable, "-S", *program], cwd=HERE, capture_output=True, text=True)
+    command = [sys.executable, "-S", *program]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == ("error: the package torch is missing: activate the virtual environment, "
                            "or run pip install -r requirements.txt\n")
@@ -903,7 +905,7 @@ def test_common_archives_are_read_without_tarfile(tmp_path, format):
             tar.addfile(info, io.BytesIO(bytes(info.size)))
     with tarfile.open(path) as tar, open(path, "rb") as file:
         expected = [(member.name, member.offset_data, member.size) for member in tar][1:]
-        assert data.list_plain(file) == expected == list(data.list_any(file))
+        assert list_plain(file) == expected == list(list_any(file))
 
 
 HEADER = tarfile.TarInfo("1.jpg")
@@ -936,7 +938,7 @@ def test_unusual_headers_are_left_to_tarfile(tmp_path, header):
     path = tmp_path / "0.tar"
     path.write_bytes(header + bytes(1024 + 1024))
     with open(path, "rb") as file, pytest.raises(ValueError):
-        data.list_plain(file)
+        list_plain(file)
 
 
 def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
@@ -945,7 +947,7 @@ def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
     path = tmp_path / "0.tar"
     path.write_bytes(with_checksum(header[:345] + b"14711223355\0" + header[357:]) + bytes(1024))
     with open(path, "rb") as file:
-        assert data.list_plain(file) == [("1.jpg", 512, 0)]
+        assert list_plain(file) == [("1.jpg", 512, 0)]
 
 
 def test_a_sparse_member_ends_no_shard(tmp_path):
@@ -1405,10 +1407,10 @@ def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path, seed):
     path.write_bytes(content)
     with open(path, "rb") as file, contextlib.suppress(ValueError):
         # What is unusual raises a ValueError.
-        plain = data.list_plain(file)
+        plain = list_plain(file)
         try:
             # tarfile takes the date in GNU tar's backups for a folder.
-            for ours, slow in zip(plain, data.list_any(file), strict=True):
+            for ours, slow in zip(plain, list_any(file), strict=True):
                 assert ours[1:] == slow[1:] and slow[0].endswith(ours[0])
         except ValueError:
             raise AssertionError("tarfile refuses it")
@@ -1550,7 +1552,8 @@ def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
                                   '{"caption": [1]}'])
 def test_files_without_captions_make_no_pairs(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
-    with pytest.raises(UserError, match="captions.json.*(is empty|is no text|is no caption|'captions')"):
+    complaint = "captions.json.*(is empty|is no text|is no caption|'captions')"
+    with pytest.raises(UserError, match=complaint):
         edits.main([str(tmp_path / "captions.json")])
 
 
@@ -2856,7 +2859,8 @@ GOOD_FILES = {
                  [("x", "a"), ("y", None), ("z", None)]),
     "captions of splits": (captions_of_test, "image,caption,split\na,x,test\nb,y,train\n",
                            [("x", "a")]),
-    "kaggle": (captions_of_test, 'image,caption\na#1,"x, y"\na#1,z\n', [("x, y", "a#1"), ("z", "a#1")]),
+    "kaggle": (captions_of_test, 'image,caption\na#1,"x, y"\na#1,z\n',
+               [("x, y", "a#1"), ("z", "a#1")]),
     "flickr": (captions_of_test, "a.jpg#0\tx\na.jpg#1\ty\n", [("x", "a.jpg"), ("y", "a.jpg")]),
     "spaces and empty rows": (ev.read_pairs, 'query, paraphrase, image\nq, "p", 1\n,,\n',
                               [QP._replace(images=("1",))]),
@@ -2892,7 +2896,8 @@ BAD_FILES = {
                   "record 2.*several models"),
     "caption no text": (captions_of_test, COCO.replace('"x"', "null"), "None is no text"),
     "unknown image": (captions_of_test, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
-    "no captions": (captions_of_test, KARPATHY.replace("test", "val"), "no caption in it of the split test"),
+    "no captions": (captions_of_test, KARPATHY.replace("test", "val"),
+                    "no caption in it of the split test"),
     "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "record 2.*finite score"),
     "no score": (ev.read_sts, "sentence1,sentence2,score\n", "is empty"),
     "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),

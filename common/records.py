@@ -148,5 +148,5 @@ def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
                 text = checked_text(text["raw"] if isinstance(text, dict) else text)
                 captions.append((text, image))
     if not captions:
-        raise UserError(f"{path}: there is no caption in it" + f" of the split {split}" * bool(split))
+        raise UserError(f"{path}: there is no caption in it{split and ' of the split ' + split}")
     return captions

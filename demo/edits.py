@@ -4,8 +4,8 @@
     python eval_paraphrase.py MODEL --images DIR --pairs pairs.jsonl
 
 CAPTIONS is a text file with a caption a line, or what --captions of eval_paraphrase.py takes, such
-as COCO's JSON or JSON lines of {"caption", "image"}. Each rule gives a caption at most one pair, which depends on
-that caption alone; pairs that change the meaning have "same": false.
+as COCO's JSON or JSON lines of {"caption", "image"}. Each rule gives a caption at most one pair,
+which depends on that caption alone; pairs that change the meaning have "same": false.
 """
 
 import json

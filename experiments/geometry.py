@@ -72,7 +72,7 @@ def caption_centroids(model, index, tokenize) -> torch.Tensor:
             try:
                 new = index.captions(number)
             except BadSample as reason:
-                raise UserError(f"the target of sample {number} cannot be computed: {reason}") from None
+                raise UserError(f"sample {number} gets no target: {reason}") from None
             captions += new
             numbers += [number] * len(new)
         tokens = {name: tensor.to(device) for name, tensor in tokenize(captions).items()}

@@ -72,8 +72,8 @@ def contrast(kept: list[tuple], changed: list[tuple]) -> float:
             difference = round(ao - changed[i][1], 9)
             wins.append((np.sign(difference) + 1) / 2)
     if not wins:
-        raise UserError('expected pairs with "same": false that share a sentence with a pair without '
-                        "it")
+        raise UserError('expected pairs with "same": false, which share a sentence with a pair '
+                        "without it")
     return float(np.mean(wins))
 
 
