@@ -1,5 +1,4 @@
-"""What all programs share and no reader comes for: flags, files, tar files, records, ranks, run
-folders."""
+"""What all programs share and no reader comes for: flags, files, records, ranks, run folders."""
 
 import importlib.util
 import sys
