@@ -12,7 +12,7 @@
 
 import signal
 
-import common  # noqa: F401, it says in one line which packages are missing
+import common  # noqa: F401, it names missing packages
 
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
@@ -33,7 +33,6 @@ import random
 import re
 import resource
 import shutil
-import sys
 import tempfile
 import time
 import zlib
@@ -52,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
 from common.records import fix_surrogates
@@ -157,7 +156,7 @@ def open_table(path: Path) -> np.ndarray:
 
 
 def version_of(stat) -> tuple:
-    """What differs between two files, but not after a chmod or another hard link to one."""
+    """What tells files apart but survives a chmod or another hard link, unlike ctime."""
     return stat.st_mtime_ns, stat.st_size
 
 
@@ -184,10 +183,9 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
     with atomic_write(unfinished / "facts.json") as file:
         file.write(json.dumps(facts).encode())
     # What a disk cannot read now it may read the next time, so this index is not kept for others.
-    # It takes no other's place either, since other ranks may be using one like it.
     if "unreadable shard" in facts["skipped"]:
         return unfinished
-    # Indexes of these shards as they were before, and what killed processes left. Not the latest:
+    # Removes former indexes and what killed processes left. Not the latest:
     # where nodes share this folder and each has a copy of the shards, another may be using it.
     for former in folder.parent.iterdir():
         if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
@@ -200,7 +198,7 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
 #   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours
 #   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
-# The samples of a window are about so many, if the set has them, and less than twice as many.
+# A window has about this many samples, if the set has them, and less than twice as many.
 WINDOW = 24_576
 
 
@@ -301,7 +299,7 @@ class Batch(NamedTuple):
     rows together: the C captions that the objective takes of each image, side by side.
     """
     micro_batches: list[tuple[torch.Tensor, list]]
-    constants: torch.Tensor | None  # a row for each sample, in the order of the images
+    targets: torch.Tensor | None  # a row for each sample, in the order of the images
     replaced: dict[str, int]  # how many samples were replaced, by reason
     waited: float = 0.0  # seconds, see read_ahead
 
@@ -310,7 +308,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
     """A Batch of `accum` micro-batches. tokenize: list of str -> a token batch.
 
     objective.captions(samples) gives what the text tower encodes, C captions for each sample;
-    objective.constants(samples) a tensor with a row for each sample, or None.
+    objective.targets(samples) a tensor with a row for each sample, or None.
     """
     # The order within a batch does not matter to the loss. Sorted by their number of tokens,
     # captions need little padding.
@@ -325,7 +323,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
         micro_batches.append((images, tokenize_groups(objective.captions(part), tokenize)))
     replaced = Counter(sample.fault for sample in samples if sample.fault)
     # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
-    return Batch(micro_batches, objective.constants(samples), dict(replaced))
+    return Batch(micro_batches, objective.targets(samples), dict(replaced))
 
 
 def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
@@ -441,8 +439,7 @@ def find_shards(data: str) -> list[str]:
         shards += tars
     unique = list(dict.fromkeys(shards))
     if len(unique) < len(shards):
-        print(f"note: '{data}' names {len(shards) - len(unique)} of its shards twice; each is read "
-              "once", file=sys.stderr)
+        note(f"'{data}' names {len(shards) - len(unique)} of its shards twice; each is read once")
     return unique
 
 
@@ -483,9 +480,9 @@ def group_members(members: list[tuple]):
     gives. In place of what cannot be used stands the reason, a str.
 
     A stretch is a sequence of neighbours whose names begin with one key, such as 1.jpg, 1.seg.png,
-    1.txt. Members of one key in one stretch are a sample. If a key is in several:
-        1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample
-        1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples
+    1.txt. Members of one key in one stretch are a sample. If key 1 is in several:
+        1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample 1
+        1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples 1
     Of the keys in a stretch the fullest count: 1.seg.png beside 1.jpg and 1.txt is no sample.
     """
     # {key: {stretch: {extension: place}}}
@@ -586,11 +583,11 @@ def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> t
 
 
 def open_shard(path: str):
-    """The open file. It stays open, unless another one has taken its place."""
+    """The open file, cached until its ctime changes."""
     return open_version(path, os.stat(path).st_ctime_ns)
 
 
-# The files most recently used. A file is closed when it falls out of the cache.
+# A file is closed when it falls out of the cache.
 @functools.lru_cache(maxsize=128)
 def open_version(path: str, ctime: int):
     return open(path, "rb", buffering=0)

@@ -500,7 +500,7 @@ def test_contrastive_loss_worked_by_hand():
 class SigLIP(Contrastive):
     """The loss of arXiv 2303.15343, with the bias fixed where it starts there."""
 
-    def loss(self, image_features, text_features, logit_scale, constants):
+    def loss(self, image_features, text_features, logit_scale, targets):
         all_text_features = paraclip.all_gather_with_grad(text_features)
         logits = logit_scale * image_features @ all_text_features.T - 10
         rank, _ = rank_and_world_size()
@@ -817,7 +817,7 @@ def test_no_image_takes_anothers_caption(tmp_path, members, samples, skipped):
     assert samples_of(index) == samples and index.skipped == skipped
 
 
-def captions_of_test_come_from_any_field(tmp_path):
+def test_captions_come_from_any_field(tmp_path):
     record = b'{"caption": ["a", "b"], "recaption": "c", "key": "1"}'
     path = index_of(tmp_path, {"1.jpg": A, "1.txt": b"text", "1.json": record}).shards[0]
     assert ShardIndex(path).captions(0) == ["text"]
@@ -833,7 +833,7 @@ def captions_of_test_come_from_any_field(tmp_path):
     ("k.json", b'{"caption": ["%s", "y"]}' % (b"x" * 20_000), ["x" * 10_000, "y"]),
     ("k.txt", b"caf\xe9", ["caf\ufffd"])],
     ids=["several", "surrogate", "long", "no UTF-8"])
-def captions_of_test_are_cleaned_and_cut(tmp_path, name, content, captions):
+def test_captions_are_cleaned_and_cut(tmp_path, name, content, captions):
     assert index_of(tmp_path, {"k.jpg": JPEG, name: content}).captions(0) == captions
 
 
@@ -1158,7 +1158,7 @@ class OneCaption:
     def captions(self, samples):
         return [sample.caption for sample in samples]
 
-    def constants(self, samples):
+    def targets(self, samples):
         return None
 
 
@@ -1223,7 +1223,7 @@ def make_sample(number: int, *captions: str) -> data.Sample:
     return data.Sample(image, captions[0], list(captions), epoch=0, number=number, fault="")
 
 
-def captions_of_test_of_as_many_tokens_are_grouped(monkeypatch):
+def test_captions_of_as_many_tokens_are_grouped(monkeypatch):
     monkeypatch.setattr(data, "MIN_GROUP", 2)
     # The longer in letters, the fewer tokens.
     captions = [length * "x" + (12 - 2 * length) * "-" for length in range(5)[1:]]
@@ -1239,7 +1239,7 @@ def test_an_objective_sees_the_order_of_the_images(accum):
         def captions(self, samples):
             return [caption for sample in samples for caption in sample.captions]
 
-        def constants(self, samples):
+        def targets(self, samples):
             return torch.tensor([sample.number for sample in samples])
 
     samples = [make_sample(0, "long", "l"), make_sample(1, "s", "short"),
@@ -1249,7 +1249,7 @@ def test_an_objective_sees_the_order_of_the_images(accum):
     for some_images, token_batches in batch.micro_batches:
         images += some_images.flatten().tolist()
         captions += captions_of(token_batches)
-    assert images == batch.constants.tolist() == [1, 3, 0, 2]
+    assert images == batch.targets.tolist() == [1, 3, 0, 2]
     assert captions == ["s", "short", "me", "3", "long", "l", "longest", "2"]
 
 
@@ -1643,7 +1643,7 @@ def test_weights_are_fp32_whatever_the_config(lm, tmp_path, text):
 @torch.no_grad()
 @pytest.mark.parametrize("text", ["frozen", "align"])
 @pytest.mark.parametrize("pool", ["mean", "max"])
-def captions_of_test_are_pooled_without_padding(lm, text, pool):
+def test_captions_are_pooled_without_padding(lm, text, pool):
     model = build(lm, text=text, pool=pool)  # its alignment layers start as the identity
     states = model.text_tower.lm(**model.tokenize([SHORT])).last_hidden_state[0]
     states = model.text_tower.norm(states)
@@ -2681,7 +2681,7 @@ def test_interval_is_as_wide_as_normal():
 
 def test_interval_of_all_or_none_is_exact():
     def interval(value, groups, of_differences=False):
-        scores = {("ao",): ev.Values(np.full(len(groups), value), np.array(groups))}
+        scores = {("ao",): ev.Scores(np.full(len(groups), value), np.array(groups))}
         return ev.estimate(scores, 0, of_differences)["ao",].interval
 
     exact = scipy.stats.binomtest(20, 20).proportion_ci(0.95, "exact")
@@ -3287,7 +3287,7 @@ def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path
 
 def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
     def nothing_in_common(task, model, images, cfg):
-        return {(f"{model.is_siglip}",): ev.Values(np.ones(2), np.arange(2))}
+        return {(f"{model.is_siglip}",): ev.Scores(np.ones(2), np.arange(2))}
     monkeypatch.setattr(ev.STS, "measure", nothing_in_common)
     clip, siglip = evaluate(capsys, "clip", "siglip", "--sts", "sts.csv")
     assert "diff" not in siglip

@@ -18,8 +18,8 @@ def read_text(path) -> str:
 
 
 def parse_records(path):
-    """The JSON value in a file, or the list of the values of its lines, or the rows of its table,
-    lists of str."""
+    """A file's JSON value, or the list of its lines' values, or its table's rows, each a list of
+    str."""
     text = read_text(path)
     with expecting(path, "JSON, JSON lines, CSV or TSV"):
         if text.lstrip()[:1] in ("[", "{"):
@@ -41,11 +41,11 @@ def parse_records(path):
             if delimiter == ",":
                 raise ValueError(f"line {reader.line_num}: {error}") from None
         else:
-            # A cell that holds a tab runs from one stray quote to another, over lines.
+            # A cell with a tab in it was read from one stray quote to another.
             if delimiter == "," or not any("\t" in cell for row in rows for cell in row):
                 return rows
         # In tab-separated sets such as GLUE's, quote characters quote nothing.
-        return [line.split(delimiter) for line in text.split("\n") if line.strip()]
+        return [line.split("\t") for line in text.split("\n") if line.strip()]
 
 
 def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, dict]]:
@@ -121,7 +121,7 @@ CAPTION_FIELDS = {"image": ["image", "filename", "file_name"],
 
 def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
     """[(caption, image name, or None where none is named)] of COCO's JSON, of Karpathy's, or of
-    records or rows. split: of those that name a split, only these; without it all."""
+    records or rows. split: leaves out those that name another."""
     data = parse_records(path)
     with expecting(path, "captions: COCO's or Karpathy's JSON, or records of image and caption"):
         if isinstance(data, dict) and "annotations" in data:
@@ -144,7 +144,7 @@ def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
                                                    checked_text(record["image"]))
             texts = record["captions"]
             for text in texts if isinstance(texts, list) else [texts]:
-                # Karpathy's sentences have their tokens beside.
+                # Karpathy's sentences also hold their tokens.
                 text = checked_text(text["raw"] if isinstance(text, dict) else text)
                 captions.append((text, image))
     if not captions:

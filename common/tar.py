@@ -28,8 +28,8 @@ class ArchiveError(ValueError):
 
 def list_members(file):
     """(name, offset, bytes) of each file in an open tar file, in their order; 0 bytes for what is
-    no plain file, such as a link. Raises ArchiveError, or whatever tarfile meets in a broken one:
-    then what comes before the fault was given."""
+    no plain file, such as a link. Raises ArchiveError, or whatever tarfile meets in a broken one,
+    after giving what comes before the fault."""
     if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
         raise ArchiveError("compressed shard, to be unpacked first")
     try:
@@ -40,7 +40,7 @@ def list_members(file):
 
 def list_plain(file) -> list[tuple[str, int, int]]:
     """list_members() of an archive as most programs write them, twenty times as fast as tarfile.
-    Raises ValueError at anything unusual, which is left to it."""
+    Raises ValueError at anything unusual."""
     members, headers, places = [], [], []
     # position: of the next header in the file; begin: of the buffer's first byte; start: of the
     # header in the buffer.
@@ -104,7 +104,7 @@ def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, 
     # A checksum is the sum of all bytes, its own being counted as spaces.
     others = blocks.sum(axis=1, dtype=np.int32) - blocks[:, 148:156].sum(axis=1, dtype=np.int32)
     checksums = [b"%06o\0 " % (total + 8 * ord(" ")) for total in others.tolist()]
-    # The first part of a long name may be at the prefix, where GNU tar's backups have a date.
+    # A long name begins at the prefix, where GNU tar's backups have a date.
     is_plain = (((fields["after size"] == b"") | (fields["after size"] == b" "))
                 & ((fields["prefix"] == b"") | (fields["magic"] == b"ustar  ")))
     # Files, empty files, folders, dates, and folders in GNU tar's backups.
@@ -124,7 +124,7 @@ def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, 
 
 
 def list_any(file):
-    """Yields the same of any tar file. Raises an error at the first fault."""
+    """list_members() of any tar file, by tarfile. Raises an error at the first fault."""
     length = os.fstat(file.fileno()).st_size
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:

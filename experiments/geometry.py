@@ -41,14 +41,14 @@ class Geometry(Contrastive):
 
     def __init__(self, cfg, model, index, tokenize):
         self.weight = cfg.weight
-        self.targets = caption_centroids(model, index, tokenize)
+        self.centroids = caption_centroids(model, index, tokenize)
 
-    def constants(self, samples):
-        return self.targets[[sample.number for sample in samples]]  # (B, W)
+    def targets(self, samples):
+        return self.centroids[[sample.number for sample in samples]]  # (B, W)
 
-    def loss(self, image_features, text_features, logit_scale, constants):
-        loss, accuracy = super().loss(image_features, text_features, logit_scale, constants)
-        lm_features = constants.to(image_features.device)
+    def loss(self, image_features, text_features, logit_scale, targets):
+        loss, accuracy = super().loss(image_features, text_features, logit_scale, targets)
+        lm_features = targets.to(image_features.device)
         term = geometry_loss(image_features, text_features, lm_features)
         return loss + self.weight * term, accuracy
 
