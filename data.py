@@ -12,7 +12,7 @@
 
 import signal
 
-import common  # noqa: F401, it says in one line which packages are missing
+import common  # noqa: F401, it names missing packages
 
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
@@ -33,8 +33,6 @@ import random
 import re
 import resource
 import shutil
-import sys
-import tarfile
 import tempfile
 import time
 import zlib
@@ -53,9 +51,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
+from common.records import fix_surrogates
+from common.tar import ArchiveError, list_members
 
 
 class BadSample(ValueError):
@@ -68,6 +68,7 @@ ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
                 ("caption", "<u8"), ("caption_size", "<u4"), ("is_json", "?")])
 # Neighbours are read from disk together, about so many bytes at a time.
 BLOCK_BYTES = 4 << 20
+MAX_AGE = 7 * 24 * 3600  # seconds that a set's former index is kept
 
 
 class ShardIndex:
@@ -89,8 +90,10 @@ class ShardIndex:
     def __init__(self, data: str, workers: int = 0, caption_keys: list[str] = ()):
         self.shards = find_shards(data)
         self.caption_keys = list(caption_keys)
+        stats = [os.stat(path) if os.path.exists(path) else None for path in self.shards]
+        self.versions = [stat and version_of(stat) for stat in stats]
         # ctime, unlike mtime, tells every change of a file.
-        ctimes = [os.stat(path).st_ctime_ns for path in self.shards if os.path.exists(path)]
+        ctimes = [stat.st_ctime_ns for stat in stats if stat]
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
         if not folder.exists():
@@ -120,13 +123,16 @@ class ShardIndex:
     def image(self, i: int) -> bytes:
         """The image file of sample i. Raises BadSample."""
         row = open_table(self.table)[i]
-        return read_range(self.shards[row["shard"]], row["image"], row["image_size"])
+        return self.read(row["shard"], row["image"], row["image_size"])
 
     def captions(self, i: int) -> list[str]:
         """The captions of sample i, one or several. Raises BadSample."""
         row = open_table(self.table)[i]
-        content = read_range(self.shards[row["shard"]], row["caption"], row["caption_size"])
+        content = self.read(row["shard"], row["caption"], row["caption_size"])
         return captions_in(read_record(content, row["is_json"]), self.caption_keys)
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        return read_range(self.shards[shard], offset, size, self.versions[shard])
 
     def prefetch(self, first: int, count: int):
         """Asks the system to read `count` neighbouring samples into its page cache as one piece.
@@ -147,6 +153,11 @@ class ShardIndex:
 @functools.lru_cache(maxsize=8)
 def open_table(path: Path) -> np.ndarray:
     return np.memmap(path, ROW, mode="r")
+
+
+def version_of(stat) -> tuple:
+    """What tells files apart but survives a chmod or another hard link, unlike ctime."""
+    return stat.st_mtime_ns, stat.st_size
 
 
 def hash_of(value) -> str:
@@ -172,12 +183,12 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
     with atomic_write(unfinished / "facts.json") as file:
         file.write(json.dumps(facts).encode())
     # What a disk cannot read now it may read the next time, so this index is not kept for others.
-    # It takes no other's place either, since other ranks may be using one like it.
     if "unreadable shard" in facts["skipped"]:
         return unfinished
-    # The index of these shards as they were before, or what a killed process left.
+    # Removes former indexes and what killed processes left. Not the latest:
+    # where nodes share this folder and each has a copy of the shards, another may be using it.
     for former in folder.parent.iterdir():
-        if former.is_dir() and former != unfinished:
+        if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
     return unfinished.rename(folder)
 
@@ -187,7 +198,7 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
 #   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours
 #   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
-# The samples of a window are at least so many, if the set has them, and less than twice as many.
+# A window has about this many samples, if the set has them, and less than twice as many.
 WINDOW = 24_576
 
 
@@ -288,7 +299,7 @@ class Batch(NamedTuple):
     rows together: the C captions that the objective takes of each image, side by side.
     """
     micro_batches: list[tuple[torch.Tensor, list]]
-    constants: torch.Tensor | None  # a row for each sample, in the order of the images
+    targets: torch.Tensor | None  # a row for each sample, in the order of the images
     replaced: dict[str, int]  # how many samples were replaced, by reason
     waited: float = 0.0  # seconds, see read_ahead
 
@@ -297,7 +308,7 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
     """A Batch of `accum` micro-batches. tokenize: list of str -> a token batch.
 
     objective.captions(samples) gives what the text tower encodes, C captions for each sample;
-    objective.constants(samples) a tensor with a row for each sample, or None.
+    objective.targets(samples) a tensor with a row for each sample, or None.
     """
     # The order within a batch does not matter to the loss. Sorted by their number of tokens,
     # captions need little padding.
@@ -312,11 +323,11 @@ def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
         micro_batches.append((images, tokenize_groups(objective.captions(part), tokenize)))
     replaced = Counter(sample.fault for sample in samples if sample.fault)
     # A plain dict: pinning copies a mapping by its update(), which in a Counter adds.
-    return Batch(micro_batches, objective.constants(samples), dict(replaced))
+    return Batch(micro_batches, objective.targets(samples), dict(replaced))
 
 
 def tokenize_groups(captions: list[str], tokenize) -> list[dict]:
-    """Captions, sorted by number of tokens -> token batches of captions of about equal length."""
+    """Captions in the order that collate() gives them -> token batches of about equal length."""
     group = max(MIN_GROUP, math.ceil(len(captions) / LENGTH_GROUPS))
     return [tokenize(captions[i:i + group]) for i in range(0, len(captions), group)]
 
@@ -348,7 +359,9 @@ def read_ahead(batches):
     batches = iter(batches)
     # The first one is fetched here: torch notices dying workers only if the main thread started
     # them.
-    batch, waited = next(batches, None), 0.0
+    began = time.perf_counter()
+    batch = next(batches, None)
+    waited = time.perf_counter() - began
     with ThreadPoolExecutor(1) as fetcher:
         while batch is not None:
             upcoming = fetcher.submit(next, batches, None)
@@ -387,8 +400,6 @@ def kill_workers():
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif")
 # Larger members cannot be used.
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 64 << 20) | {"txt": 1 << 20, "json": 1 << 20}
-# How gzip, bzip2, xz and zstd begin.
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 # Language models keep some 77 tokens of a caption; a page of text would only slow the tokenizer.
 MAX_CAPTION = 10_000
 
@@ -428,130 +439,8 @@ def find_shards(data: str) -> list[str]:
         shards += tars
     unique = list(dict.fromkeys(shards))
     if len(unique) < len(shards):
-        print(f"note: '{data}' names {len(shards) - len(unique)} of its shards twice; each is read "
-              "once", file=sys.stderr)
+        note(f"'{data}' names {len(shards) - len(unique)} of its shards twice; each is read once")
     return unique
-
-
-# In a tar file a header comes before each member, and both are filled up to blocks of this size. A
-# block of zeros ends it.
-BLOCK = tarfile.BLOCKSIZE
-END = bytes(BLOCK)
-HEADER = np.dtype({
-    "names": ["name", "owner", "after size", "date", "checksum", "kind", "magic", "device", "prefix"],
-    "formats": ["S100", "S24", "S1", "S12", "S8", "S1", "S8", "S16", "S1"],
-    "offsets": [0, 100, 135, 136, 148, 156, 257, 329, 345], "itemsize": BLOCK})
-# An entry of an extended header that only dates the next member. The number is its own length.
-DATE = re.compile(rb"(\d\d) [acm]time=[\d.]+\n")
-
-
-def list_plain(file) -> list[tuple[str, int, int]]:
-    """(name, offset, bytes) of each file in an open tar file of the kind that most programs write,
-    twenty times as fast as tarfile. Raises ValueError at anything unusual, which is left to it."""
-    members, headers, places = [], [], []
-    # position: of the next header in the file; begin: of the buffer's first byte; start: of the
-    # header in the buffer.
-    position = begin = 0
-    buffer = dates = b""
-    while True:
-        start = position - begin
-        # Three blocks are needed: an extended header, its entries, and the header after it.
-        if start + 3 * BLOCK > len(buffer):
-            begin, start = position, 0
-            buffer = os.pread(file.fileno(), 32 * BLOCK, position)
-        header = buffer[start:start + BLOCK]
-        if header == END:
-            break
-        if header[156:157] == b"x":
-            extended = buffer[start:start + 2 * BLOCK]
-            # Most often the dates are those of the member before.
-            if extended != dates:
-                headers.append(header)
-                places.append((position, check_dates(extended)))
-                dates = extended
-            header = buffer[start + 2 * BLOCK:start + 3 * BLOCK]
-            position += 2 * BLOCK
-            if header[156:157] == b"x":
-                raise ValueError("two extended headers in a row")
-        size = int(header[124:135], 8)
-        if size < 0:
-            raise ValueError("a header that leads backwards")
-        position += BLOCK
-        headers.append(header)
-        places.append((position, size))
-        position += math.ceil(size / BLOCK) * BLOCK
-        # Checked together, since each by itself would take as long as all the rest.
-        if len(headers) > 1000:
-            members += check_headers(headers, places)
-            headers, places = [], []
-    if os.pread(file.fileno(), 1 << 20, position).strip(b"\0"):
-        raise ValueError("something after the end")
-    return members + check_headers(headers, places)
-
-
-def check_dates(extended: bytes) -> int:
-    """The bytes of an extended header that only dates the next member, or ValueError."""
-    size = int(extended[124:135], 8)
-    for entry in extended[BLOCK:BLOCK + size].splitlines(keepends=True):
-        date = DATE.fullmatch(entry)
-        if date is None or int(date[1]) != len(entry):
-            raise ValueError("an extended header that says something else")
-    if not 0 < size <= BLOCK:
-        raise ValueError("an extended header of an unusual size")
-    return size
-
-
-def check_headers(headers: list[bytes], places: list[tuple]) -> list[tuple[str, int, int]]:
-    """(name, offset, bytes) of the files that these headers describe. Raises ValueError if tarfile
-    could read anything else in one of them."""
-    blocks = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
-    fields = blocks.view(HEADER).ravel()
-    names = b"\0".join(fields["name"].tolist()).decode("utf-8", "surrogateescape").split("\0")
-    kinds = fields["kind"].tolist()
-    # A checksum is the sum of all bytes, its own being counted as spaces.
-    others = blocks.sum(axis=1, dtype=np.int32) - blocks[:, 148:156].sum(axis=1, dtype=np.int32)
-    checksums = [b"%06o\0 " % (total + 8 * ord(" ")) for total in others.tolist()]
-    # The first part of a long name may be at the prefix, where GNU tar's backups have a date.
-    is_plain = (((fields["after size"] == b"") | (fields["after size"] == b" "))
-                & ((fields["prefix"] == b"") | (fields["magic"] == b"ustar  ")))
-    # Files, empty files, folders, dates, and folders in GNU tar's backups.
-    known = {(b"0", True), (b"0", False), (b"5", False), (b"x", True), (b"D", True)}
-    if (not is_plain.all() or fields["checksum"].tolist() != checksums
-            or len(names) != len(headers)
-            or not known.issuperset(zip(kinds, [size > 0 for _, size in places]))):
-        raise ValueError("an unusual header")
-    # Nobody needs these numbers, but tarfile refuses a header where one is not octal.
-    for field, width in (("owner", 8), ("date", 12), ("device", 8)):
-        for numbers in set(fields[field].tolist()):
-            for start in range(0, len(numbers), width):
-                int(numbers[start:start + width].partition(b"\0")[0].strip() or b"0", 8)
-    return [(name, *place) for name, kind, place in zip(names, kinds, places) if kind == b"0"]
-
-
-def list_any(file):
-    """Yields the same of any tar file, and 0 bytes for what is no plain file, such as a link.
-    Raises an error at the first fault."""
-    length = os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            # Else tarfile keeps every header in memory.
-            tar.members = []
-            # A sparse member is shorter in the shard than the size that it states.
-            sparse = member.issparse()
-            if not sparse and member.size > length - member.offset_data:
-                raise tarfile.ReadError("a member ends after the file")
-            # A negative size leads tarfile backwards, where it would go round for ever.
-            if tar.offset <= member.offset:
-                raise tarfile.ReadError("the next header comes before this one")
-            if member.type not in (tarfile.DIRTYPE, b"D"):
-                yield member.name, member.offset_data, (
-                    member.size if member.isreg() and not sparse else 0)
-        # tarfile ends without an error at a header that it cannot read.
-        rest = os.pread(file.fileno(), 1 << 20, tar.offset)
-        if not rest.startswith(END):
-            raise tarfile.ReadError("no end of archive")
-        if rest.strip(b"\0"):
-            raise BadSample("a second archive in the shard")
 
 
 def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
@@ -564,13 +453,7 @@ def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
     members, faults, extensions = [], Counter(), Counter()
     try:
         with open(path, "rb") as file:
-            if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
-                raise BadSample("compressed shard, to be unpacked first")
-            try:
-                listed = list_plain(file)
-            except ValueError:
-                listed = list_any(file)
-            for name, offset, size in listed:
+            for name, offset, size in list_members(file):
                 # macOS adds a ._NAME to each file.
                 if "._" in name and os.path.basename(name).startswith("._"):
                     continue
@@ -580,7 +463,7 @@ def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
                 if extension in MAX_BYTES:
                     usable = size <= MAX_BYTES[extension]
                     members.append((key, extension, offset, size if usable else 0))
-    except BadSample as reason:
+    except ArchiveError as reason:
         faults[str(reason)] += 1
     except FileNotFoundError:
         faults["missing shard"] += 1
@@ -596,21 +479,22 @@ def group_members(members: list[tuple]):
     """Yields (key, {extension: (offset, bytes)}) of each sample of a shard, from what scan_shard
     gives. In place of what cannot be used stands the reason, a str.
 
-    A stretch is a sequence of neighbours whose names agree up to their first dot, such as 1.jpg,
-    1.seg.png, 1.txt. Members of one key in one stretch are a sample. If a key is in several:
-        1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample
-        1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples
+    A stretch is a sequence of neighbours whose names begin with one key, such as 1.jpg, 1.seg.png,
+    1.txt. Members of one key in one stretch are a sample. If key 1 is in several:
+        1.jpg 2.jpg 1.txt 2.txt                no kind is there twice: one sample 1
+        1.jpg 1.txt 2.jpg 2.txt 1.jpg 1.txt    kinds repeat, as in joined shards: two samples 1
     Of the keys in a stretch the fullest count: 1.seg.png beside 1.jpg and 1.txt is no sample.
     """
     # {key: {stretch: {extension: place}}}
     samples = {}
-    stretch, last_key, last_stem = 0, None, None
+    stretch, stem, last_key = 0, None, None
     for key, extension, offset, size in members:
         if key != last_key:
-            folder, _, name = key.rpartition("/")
-            stem = folder, name.partition(".")[0]
-            stretch += stem != last_stem
-            last_key, last_stem = key, stem
+            last_key = key
+            if stem is None or not f"{key}.".startswith(f"{stem}."):
+                # 1.seg.png may also stand before 1.jpg.
+                stretch += stem is None or not stem.startswith(f"{key}.")
+                stem = key
             sample = samples.setdefault(key, {}).setdefault(stretch, {})
         if extension in sample:
             # Which of the two belongs to the others cannot be told.
@@ -699,22 +583,26 @@ def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> t
 
 
 def open_shard(path: str):
-    """The open file. It stays open, unless another one has taken its place."""
+    """The open file, cached until its ctime changes."""
     return open_version(path, os.stat(path).st_ctime_ns)
 
 
-# The files most recently used. A file is closed when it falls out of the cache.
+# A file is closed when it falls out of the cache.
 @functools.lru_cache(maxsize=128)
 def open_version(path: str, ctime: int):
     return open(path, "rb", buffering=0)
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read."""
+def read_range(path: str, offset: int, size: int, version: tuple | None = None) -> bytes:
+    """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read, or if the
+    file is no longer the one of this version_of()."""
     try:
         file = open_shard(path)
+        changed = version and version_of(os.fstat(file.fileno())) != version
     except OSError:
         raise BadSample("unreadable shard") from None
+    if changed:
+        raise BadSample("shard changed since it was indexed")
     return read_from(file, offset, size)
 
 
@@ -727,12 +615,6 @@ def read_from(file, offset: int, size: int) -> bytes:
     if len(content) < size:
         raise BadSample("unreadable shard")
     return content
-
-
-def fix_surrogates(text: str) -> str:
-    """Replaces half surrogate pairs by ?. Captions cut in mid-emoji have them, and tokenizers
-    refuse them."""
-    return text.encode("utf-8", errors="replace").decode()
 
 
 def read_record(content: bytes, is_json: bool) -> dict:
@@ -753,7 +635,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
 
 def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
     """The captions in these fields, by default in "caption": a text or a list of texts each, white
-    space folded, and cut after MAX_CAPTION characters. Raises BadSample if none has a letter."""
+    space folded, and cut after MAX_CAPTION characters. Raises BadSample if all are blank."""
     caption_keys = caption_keys or ["caption"]
     captions = []
     for key in caption_keys:
@@ -850,7 +732,7 @@ def center_crop(image: Image.Image, size: int) -> torch.Tensor:
 # ---- python data.py PATH -------------------------------------------------------------------------
 @dataclass
 class InspectConfig:
-    data: str = flag("", "shards, as for paraclip.py --data", positional=True)
+    data: str = flag("", "shards, as for paraclip.py --data, or cc12m", positional=True)
     caption_key: list[str] = flag([], "fields of KEY.json, as for paraclip.py --caption-key")
     workers: int = flag(1, "processes that read and decode", low=0)
 

@@ -17,13 +17,11 @@ MODEL is one of
     FILE.npz                precomputed features: names, images, texts, text_features
     FILE.jsonl              ranked lists of any engine: {"text", "ranking"} a line
 Prints a table; the last line is the same results as JSON. All formats: docs/formats.md.
-
-The file goes from metrics to models, galleries, readers of files, measurements, report and main().
 """
 
 import signal
 
-import common  # noqa: F401, it says in one line which packages are missing
+import common  # noqa: F401, it names missing packages
 
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
@@ -61,9 +59,10 @@ from tqdm import tqdm
 from common.cli import UserError, check_ranges, expecting, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
-from common.records import parse_records, read_lines, read_records, read_text
-from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, fix_surrogates,
-                  make_loader, read_range, scan_shard)
+from common.records import (checked_text, checked_texts, fix_surrogates, read_captions, read_lines,
+                            read_records, read_text)
+from data import (FORMATS, IMAGE_TYPES, cut_long_side, decode_image, find_shards, make_loader,
+                  read_range, scan_shard)
 from paraclip import load_model
 
 
@@ -73,7 +72,7 @@ DEFAULT_MODEL = "runs/emoji-align"
 @dataclass
 class EvalConfig:
     models: list[str] = flag([], f"what to evaluate (default: {DEFAULT_MODEL})", positional=True)
-    # What is measured. With none of these, the benchmark.
+    # What is measured, by default the benchmark.
     pairs: list[str] = flag([], "files with query, paraphrase and optionally image(s)")
     query: list[str] = flag([], "a query of your own, in place of --pairs")
     paraphrase: list[str] = flag([], "its paraphrase")
@@ -83,7 +82,7 @@ class EvalConfig:
     zeroshot: str = flag("", "a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, or a "
                              "JSON file of classnames and labels of --images")
     benchmark: str = flag("", "its name in $PARACLIP_DATA, or its absolute path (default: emoji)")
-    split: str = flag("test", "val is for choices, test for reports", choices=("test", "val"))
+    split: str = flag("test", "val is for choosing, test for reports", choices=("test", "val"))
     # How it is measured.
     images: str = flag("", "folder of images to search in, or shards as for paraclip.py --data")
     classnames: str = flag("", "class names, one per line, in the order of the sorted folders")
@@ -131,7 +130,8 @@ def check_flags(cfg: EvalConfig):
         # Links are followed, as they would be when the file is written.
         target = Path(path).resolve()
         if target.exists() and not target.is_file() or not target.parent.is_dir():
-            raise UserError(f"{path} cannot be written: it is no regular file, or in no folder")
+            raise UserError(f"{path} cannot be written: it is no regular file, or its folder is "
+                            "missing")
         if taken & {target, *target.parents}:
             raise UserError(f"{path} cannot be written: it is, or lies in, what another flag names")
         if not path.endswith(ending):
@@ -184,11 +184,11 @@ def count_shared(a, b, k: int | None) -> np.ndarray:
 
 
 def contrast(kept, changed) -> np.ndarray:
-    """Contrast of AO@k: 1 where a pair that keeps the meaning agrees more than one that changes it.
+    """Contrast of AO@k: whether a pair that keeps the meaning agrees more than one that changes it.
 
     kept, changed: (C,) AO@k of the two pairs of each comparison, see comparisons(). 1 where kept is
-    larger, 0 where changed is, and 1/2 for a tie, so that the mean, in [0, 1], is 0.5 for a model
-    that returns the same images for everything. Returns (C,) float64.
+    larger, 0 where changed is, 1/2 for a tie: the mean, in [0, 1], is 0.5 for a model that returns
+    the same images for everything. Returns (C,) float64.
     Example: kept [0.8, 0.4, 0.1], changed [0.5, 0.4, 0.3] give [1, 0.5, 0].
     """
     # Rounded, since sums of the same fractions in another order differ in their last bits.
@@ -213,7 +213,7 @@ def unit_features(features) -> torch.Tensor:
     """
     features = torch.as_tensor(features, device="cpu")
     units = torch.empty(features.shape)
-    # In parts, as in fp64 all at once would take several times the memory of the features.
+    # In parts: fp64 all at once would take several times the memory of the features.
     for part, unit in zip(features.split(4096), units.split(4096)):
         unit.copy_(round_to_step(normalize(part.double(), dim=-1)))
     return units
@@ -234,7 +234,7 @@ def rankings(query_features, gallery_features, k: int, scores_at_once: int = 2**
 
 
 def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
-    """rankings() of unit features: fp32 finds some more than k candidates, fp64 ranks them."""
+    """rankings() of unit features: fp32 finds candidates, fp64 ranks them."""
     n, width = gallery.shape
     # Some more than k, so that the k-th is clearly above what is left out.
     count, group_size = k + 22, 64
@@ -242,9 +242,9 @@ def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
     if n < 2 * group_size * count:
         return rank_exactly(queries, gallery, k)
     scores = queries @ gallery.T  # (Q, N)
-    # Image i is in group i % stride, or in the remainder. The best `count` images are in the
-    # remainder or in the `count` groups with the highest maxima, which are found faster.
     stride = n // group_size
+    # Image i is in group i % stride, or in the remainder. Only the remainder and the `count` groups
+    # with the highest maxima can hold the best `count` images.
     maxima = scores[:, :group_size * stride].view(len(queries), group_size, stride).amax(1)
     best_groups = maxima.topk(count).indices
     members = (best_groups[:, None] + stride * torch.arange(group_size)[:, None]).flatten(1)
@@ -295,7 +295,7 @@ def recall_at_k(ranked, correct, k: int) -> np.ndarray:
     query without correct items.
 
     ranked: (Q, K) indices, best first; correct: for each query the indices of its correct items.
-    (Textbook recall is the share of the correct items that is found.) Returns (Q,) float64.
+    Returns (Q,) float64.
     Example: ranked [[3, 1], [0, 2]], correct [{1}, {1, 2}]: recall@1 = [0, 0], recall@2 = [1, 1].
     """
     first = np.asarray(ranked)[:, :k].tolist()
@@ -321,8 +321,8 @@ def spearman(a, b) -> float:
 def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval (Efron 1979) of the mean of values (N,), one per query.
 
-    There are 2000 resamples. Each draws, with replacement, as many groups as there are, a group
-    with all its values (the cluster bootstrap of Davison and Hinkley 1997, 3.8), since queries of
+    Each of 2000 resamples draws, with replacement, as many groups as there are, each with all its
+    values (the cluster bootstrap of Davison and Hinkley 1997, 3.8), since queries of
     one group, such as several of one image, are not independent. groups (N,): the group of each
     value; without it each value is a group of its own. Applied to the differences of two models on
     the same queries, this is the paired bootstrap. Example: [0, 1] gives (0, 1).
@@ -346,7 +346,6 @@ def bootstrap_ci(values, groups=None, seed: int = 0) -> tuple[float, float]:
 
 
 # ---- models --------------------------------------------------------------------------------------
-# A model has preprocess(Pillow image), encode_image(batch of those), encode_text(list of str).
 class HuggingFaceCLIP(torch.nn.Module):
     """Any model of transformers that has a vector for an image and one for a text: CLIP, SigLIP,
     ALIGN, BLIP and others. docs/models.md lists what was tried."""
@@ -383,16 +382,15 @@ class HuggingFaceCLIP(torch.nn.Module):
         self.tokenizer = processor.tokenizer
         text_config = getattr(config, "text_config", config)
         if max(self.tokenizer.get_vocab().values()) >= getattr(text_config, "vocab_size", math.inf):
-            raise ValueError(f"its tokenizer has {len(self.tokenizer)} tokens, its text tower "
+            raise ValueError("its tokenizer has ids beyond its text tower's "
                              f"{text_config.vocab_size}")
-        self.max_length = self.tokenizer.model_max_length
-        positions = getattr(text_config, "max_position_embeddings", self.max_length)
+        positions = getattr(text_config, "max_position_embeddings", math.inf)
         for module_name, module in self.model.named_modules():
-            # RoBERTa and its kind count positions from behind that of padding, which may be 0.
+            # RoBERTa and its kind count positions from padding_idx + 1; padding_idx may be 0.
             padding = getattr(module, "padding_idx", None)
             if module_name.endswith("position_embeddings") and padding is not None:
                 positions = module.num_embeddings - padding - 1
-        self.max_length = min(self.max_length, positions)
+        self.max_length = min(self.tokenizer.model_max_length, positions)
         self.is_siglip = text_config.model_type.startswith("siglip")
 
     def blip_image(self, **inputs):
@@ -413,18 +411,21 @@ class HuggingFaceCLIP(torch.nn.Module):
             # SigLIP 2 (arXiv 2502.14786) on lower case; transformers does neither by default.
             texts = [text.lower() for text in texts]
             padding = {"padding": "max_length", "return_attention_mask": False}
-        # Some checkpoints' files say otherwise, and features would change with a text's neighbours.
+        # On the left, as some checkpoints' files say, features would change with their neighbours.
         self.tokenizer.padding_side = "right"
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length,
                                 return_tensors="pt", **padding)
         inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
         return self.features(self.text_tower, inputs)
 
+    def count_tokens(self, texts):
+        return [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+
     def features(self, tower, inputs):
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         with torch.autocast(self.model.device.type, torch.bfloat16, self.bf16):
             output = tower(**inputs)
-        # transformers 4 returns the features themselves, 5 an object that holds them.
+        # BLIP's towers above return the features themselves, others an object that holds them.
         features = getattr(output, "pooler_output", output)
         if not isinstance(features, torch.Tensor):
             raise ValueError(f"{type(self.model).__name__} has no single vector for each input")
@@ -461,8 +462,9 @@ class Vectors:
         return self.look_up(texts, self.texts, "texts")
 
     def encode_gallery(self, gallery):
+        # Exact names win: 1.jpg must not take the place of sub/1.jpg.
         known = {gallery.find(name): features for name, features in self.images.items()}
-        return self.look_up(gallery.names, known, "images")
+        return self.look_up(gallery.names, known | self.images, "images")
 
     def look_up(self, keys, features, what):
         missing = [key for key in keys if key not in features]
@@ -500,7 +502,7 @@ class RankedLists:
         shortest = min(texts, key=lambda text: len(self.lists[text]))
         length = min(depth, len(self.lists[shortest]))
         if length < k:
-            raise UserError(f"{self.path}: expected at least {k} images in every list, that of "
+            raise UserError(f"{self.path}: expected at least {k} images in every list, but that of "
                             f"{shortest!r} has {length}")
         ranked = []
         for text in texts:
@@ -513,20 +515,20 @@ class RankedLists:
         return np.array(ranked)
 
 
-# What a folder's files say about it, where transformers cannot.
+# {file in a folder that transformers cannot load: advice}
 HINTS = {"modules.json": "experiments/sentence_transformer_model.py reads this folder",
          "open_clip_config.json": "experiments/open_clip_model.py reads this folder",
          "spiece.model": "its tokenizer needs the package sentencepiece"}
 
 
-# How far a unit vector may move, by rounding, with what is encoded beside it.
+# How far rounding may move a unit vector when its batch changes.
 TOLERANCES = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
     """The model, vectors or lists that a command-line argument names.
 
-    with_images: whether images will be encoded, too, and not only texts. Raises UserError.
+    with_images: whether images will be encoded, too. Raises UserError.
     """
     path, _, function = name.rpartition(":")
     if name.endswith(".jsonl"):
@@ -541,35 +543,27 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
         # It chooses its own precision, so the wider tolerance.
         check_model(name, model, with_images, TOLERANCES["bf16"])
         return model
-    if is_checkpoint(name):
+    if zipfile.is_zipfile(name) or Path(name, "model.pt").is_file():
         model = load_model(name, cfg.device, cfg.precision)
-    else:
-        # Otherwise it prints pages of warnings.
-        transformers.utils.logging.set_verbosity_error()
-        hint = ""
-        for file, advice in HINTS.items():
-            if Path(name, file).exists():
-                hint = f"; {advice}"
-        with expecting(name, "a checkpoint, a run folder, FILE.npz, FILE.jsonl, a Hugging Face "
-                             "model that has a vector for an image and one for a text, or "
-                             f"FILE.py:NAME for any other model{hint}"):
-            model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
-            check_model(name, model, with_images, TOLERANCES[cfg.precision])
+        check_model(name, model, with_images, TOLERANCES[cfg.precision])
         return model
-    check_model(name, model, with_images, TOLERANCES[cfg.precision])
+    # Otherwise it prints pages of warnings.
+    transformers.utils.logging.set_verbosity_error()
+    hint = "".join(f"; {advice}" for file, advice in HINTS.items() if Path(name, file).exists())
+    with expecting(name, "a checkpoint, a run folder, FILE.npz, FILE.jsonl, a Hugging Face model "
+                         "that has a vector for an image and one for a text, or FILE.py:NAME for "
+                         f"any other model{hint}"):
+        model = HuggingFaceCLIP(name, cfg.precision).to(cfg.device).eval()
+        check_model(name, model, with_images, TOLERANCES[cfg.precision])
     return model
-
-
-def is_checkpoint(name: str) -> bool:
-    return zipfile.is_zipfile(name) or Path(name, "model.pt").is_file()
 
 
 def import_file(path: Path):
     """The module in this file."""
     if not path.is_file() or "." in path.stem:
         raise UserError(f"{path}: no such file, or a name with two dots, which no module has")
-    # By its name, as a loader worker that is started afresh imports it again in order to unpickle
-    # preprocess(), and inherits the search path.
+    # By its name: a spawned loader worker inherits sys.path, and imports it again to unpickle
+    # preprocess().
     sys.path.append(str(path.resolve().parent))
     module = importlib.import_module(path.stem)
     if Path(getattr(module, "__file__", None) or "").resolve() != path.resolve():
@@ -586,7 +580,7 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
         if not callable(getattr(model, method, None)):
             raise UserError(f"{name}: the model has no {method}(); expected preprocess(image), "
                             "encode_image(batch), encode_text(list of str)")
-    # Features that move with padding do so beside a longer text.
+    # Features that move with padding do so in a batch with a longer text.
     texts = ["a dog", "a cat", "a red car on the left of a dog"]
     text_features = encode(model.encode_text, texts, len(texts), name)
     if torch.equal(text_features[0], text_features[1]):
@@ -601,12 +595,12 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
         with expecting(name, "preprocess(image) to return a tensor, or a dict of tensors, of the "
                              "same shape for every image"):
             batches = default_collate(images), default_collate(images[:1])
-        features = [encode(model.encode_image, batch, 2 - i, name)
-                    for i, batch in enumerate(batches)]
-        if features[0].shape[1] != text_features.shape[1]:
-            raise UserError(f"{name}: image features have {features[0].shape[1]} numbers, text "
-                            f"features {text_features.shape[1]}: expected as many")
-        compared.append(("image", features[0][0], features[1]))
+        both, alone = [encode(model.encode_image, batch, size, name)
+                       for batch, size in zip(batches, (2, 1))]
+        if both.shape[1] != text_features.shape[1]:
+            raise UserError(f"{name}: image features have {both.shape[1]} numbers, text "
+                            f"features {text_features.shape[1]}: expected the same number")
+        compared.append(("image", both[0], alone))
     for what, together, apart in compared:
         moved = (normalize(together[None], dim=-1) - normalize(apart[:1], dim=-1)).norm().item()
         if moved > tolerance:
@@ -620,7 +614,7 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
 def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
     """Features (size, E) of a batch of this size, on the CPU, where rankings are made.
 
-    name: of the model, for UserError, if it does not return them.
+    name: the model's, for errors.
     """
     features = encoder(batch)
     with expecting(name, "encode_image and encode_text to return a vector of finite numbers, not "
@@ -630,8 +624,8 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
             raise ValueError("they are complex")
         # A copy, since an encoder may fill one buffer again and again.
         features = features.to("cpu", torch.float32, copy=True)
-        # NaN would not raise anywhere: it would rank in some order and give plausible numbers, as
-        # would the direction of a vector without length.
+        # NaN, or a vector without length, would raise no error: it would rank somehow and give
+        # plausible numbers.
         if features.ndim != 2 or len(features) != size or not features.isfinite().all() \
                 or not (features.norm(dim=-1) > 1e-12).all():
             raise ValueError(f"for {size} inputs, the shape is {list(features.shape)}")
@@ -641,7 +635,9 @@ def encode(encoder, batch, size: int, name: str = "the model") -> torch.Tensor:
 def embed_texts(model, texts: list[str], cfg: EvalConfig) -> torch.Tensor:
     """Features (len(texts), E). Equal texts are encoded once and get the same feature."""
     # Texts of similar length together need little padding.
-    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    unique = sorted(set(texts))
+    lengths = model.count_tokens(unique) if hasattr(model, "count_tokens") else map(len, unique)
+    unique = [text for _, text in sorted(zip(lengths, unique))]
     features = []
     starts = range(0, len(unique), cfg.batch_size)
     for start in tqdm(starts, "texts", leave=False, disable=None):
@@ -678,7 +674,7 @@ class Gallery:
     def only(self, names) -> "Gallery":
         wanted = {self.find(name) for name in names}
         part = Gallery({name: read for name, read in self.images.items() if name in wanted})
-        # A name that several images have must not become that of the only one which is left.
+        # A name that several images share stays ambiguous when one of them is left.
         part.known, part.folder = self.known, self.folder
         return part
 
@@ -705,7 +701,12 @@ def list_gallery(source: str) -> Gallery:
     source: the folder, or shards as for --data of paraclip.py. Raises UserError if it has no image.
     """
     folder = Path(source)
-    shards = sorted(folder.glob("*.tar")) if folder.is_dir() else find_shards(source)
+    if folder.is_dir():
+        shards = sorted(folder.glob("*.tar"))
+    elif re.search(r"[*?{]|\.tar|^cc12m$", source):
+        shards = find_shards(source)
+    else:
+        raise UserError(f"{source}: there is no such folder")
     from_shards, skipped = {}, Counter()
     for shard in shards:
         members, shard_skipped, _ = scan_shard(shard)
@@ -806,26 +807,14 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# {field: the names that files have for it, in any letter case}.
+# What read_records() takes of each kind of file.
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
 LIST_FIELDS = {name: [name] for name in ("text", "ranking", "query", "query_ranking", "paraphrase",
                                          "paraphrase_ranking")}
-CAPTION_FIELDS = {"image": ["image", "filename", "file_name"],
-                  "captions": ["captions", "caption", "sentences", "text"], "split": ["split"]}
 STS_FIELDS = {"sentence1": ["sentence1", "sentence_a"], "sentence2": ["sentence2", "sentence_b"],
-              "score": ["score", "label", "similarity_score", "relatedness_score"]}
-
-
-def checked_text(value) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is no text")
-    return fix_surrogates(value)
-
-
-def checked_texts(value) -> list[str]:
-    return [checked_text(text) for text in (value if isinstance(value, list) else [value])]
+              "score": ["score", "similarity_score", "relatedness_score", "label"]}
 
 
 class Pair(NamedTuple):
@@ -848,7 +837,8 @@ def read_pairs(path) -> list[Pair]:
         with expecting(place, "query and paraphrase (SugarCrepe++: caption, caption2, "
                               "negative_caption) and, where known, image or images (a list), kind, "
                               "same (true or false) and group"):
-            same = {"true": True, "": True, "false": False}[str(record.get("same", "")).lower()]
+            same = {"true": True, "": True, "none": True,
+                    "false": False}[str(record.get("same", "")).lower()]
             group, images = record.get("group"), record.get("images") or []
             if group == "":
                 group = None  # an empty cell of a table
@@ -857,7 +847,7 @@ def read_pairs(path) -> list[Pair]:
             pairs.append(Pair(
                 checked_text(record["query"]), checked_text(record["paraphrase"]),
                 tuple(checked_texts(images)), fix_surrogates(record.get("kind") or ""),
-                fix_surrogates(record.get("negative") or ""), same, group))
+                fix_surrogates(record.get("negative") or "").strip(), same, group))
     return pairs
 
 
@@ -884,31 +874,13 @@ def read_lists(path) -> dict[str, list[str]]:
     return lists
 
 
-def read_captions(path, split: str = "test") -> dict[str, list[str]]:
-    """{image name: [captions]} of COCO's JSON, of Karpathy's (the images of one split), or of
-    records or rows of an image and a caption or its captions."""
-    data = parse_records(path)
-    with expecting(path, "captions: COCO's or Karpathy's JSON, or records of image and caption"):
-        if isinstance(data, dict) and "annotations" in data:
-            names = {image["id"]: image["file_name"] for image in data["images"]}
-            records = [{"image": names[annotation["image_id"]], "captions": annotation["caption"]}
-                       for annotation in data["annotations"]]
-        elif isinstance(data, dict) and "images" in data:
-            records = [{"image": image["filename"], "captions": image["sentences"]}
-                       for image in data["images"] if image["split"] == split]
-        else:
-            records = [record for _, record in read_records(path, CAPTION_FIELDS, bare_columns=2)
-                       if record.get("split", split) == split]
-        captions = {}
-        for record in records:
-            texts = record["captions"]
-            for text in texts if isinstance(texts, list) else [texts]:
-                # Karpathy's sentences have their tokens beside; Flickr's lines number the captions.
-                text = checked_text(text["raw"] if isinstance(text, dict) else text)
-                name = re.sub(r"#\d+$", "", checked_text(record["image"]))
-                captions.setdefault(name, []).append(text)
-        if not captions:
-            raise ValueError("there is none")
+def read_captions_of_images(path, split: str = "") -> dict[str, list[str]]:
+    """{image name: [captions]} of a file, see read_captions()."""
+    captions = {}
+    for caption, image in read_captions(path, split):
+        if not image:
+            raise UserError(f"{path}: expected an image's name for the caption {caption!r}")
+        captions.setdefault(image, []).append(caption)
     return captions
 
 
@@ -941,8 +913,7 @@ def read_templates(path) -> list[str]:
 
 def read_labels(path) -> tuple[list[str], dict[str, int]]:
     """(class names, {image name: class index}) of a JSON file with classnames and labels."""
-    form = '{"classnames": [names], "labels": {image name: index of its class}}'
-    with expecting(path, form):
+    with expecting(path, '{"classnames": [names], "labels": {image name: index of its class}}'):
         record = json.loads(read_text(path))
         names, labels = checked_texts(record["classnames"]), record["labels"]
         for name, label in labels.items():
@@ -959,11 +930,11 @@ CLASS_NAMES, PROMPTS = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
 def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str | None]:
-    """(gallery, class names, {image name: class index}, their source, None if they are no words and
-    --classnames must be given) of a test set.
+    """(gallery, class names, {image name: class index}, source of the names, or None if they are
+    not words, so that --classnames must be given) of a test set.
 
     source is a folder with a folder per class, or with shards as CLIP_benchmark has them (KEY.cls),
-    imagenet:ROOT (those of ROOT/val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
+    imagenet:ROOT (its folders in val), or cifar10:ROOT or cifar100:ROOT (torchvision's). Names are
     torchvision's for CIFAR and for ImageNet's 1000 folders, otherwise those of the folders, with
     spaces for underscores. Raises UserError.
     """
@@ -985,6 +956,8 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str |
                     for member in tar:
                         key, _, extension = member.name.rpartition(".")
                         if extension == "cls" and key in gallery.images:
+                            if key in labels:
+                                raise ValueError(f"{member.name} is in two shards")
                             labels[key] = int(tar.extractfile(member).read())
                             if not 0 <= labels[key] < len(classnames):
                                 raise ValueError(f"{member.name} is {labels[key]}, and "
@@ -1022,13 +995,12 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str |
         # A dog, and not the garment, which is another class.
         categories[categories.index("Cardigan")] = "Cardigan Welsh corgi"
         return gallery, categories, labels, "torchvision"
-    # These names are no words.
-    names_from = None if wordnet or is_imagenet else "its folders"
-    return gallery, [name.replace("_", " ") for name in folders], labels, names_from
+    names = [name.replace("_", " ") for name in folders]
+    return gallery, names, labels, None if wordnet or is_imagenet else "its folders"
 
 
 # ---- measurements --------------------------------------------------------------------------------
-class Values(NamedTuple):
+class Scores(NamedTuple):
     """A metric's values, and for each value its group: intervals resample groups."""
     values: np.ndarray  # (N,) float
     groups: np.ndarray  # (N,) int
@@ -1039,7 +1011,7 @@ class Task:
     SEARCHING if it searches --images, and give EvalConfig the flag.
 
     A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
-    and has measure(model, images, cfg), which returns {name: Values, a number or a text}. A name is
+    and has measure(model, images, cfg), which returns {name: Scores, a number or a text}. A name is
     a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
     """
     # The images that it is measured on, which it may replace by its own; measure() gets their
@@ -1054,8 +1026,8 @@ TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
 def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
-    """Every metric of two lists (Q, K): add yours here, its row titles to LABELS, and its name to
-    SHOWN_OF_SUBSETS if the table shall show it of kinds and files."""
+    """Every metric of two lists (Q, K): add yours here, its row titles to TITLES, and its name to
+    SHOWN_OF_SUBSETS if the table should show it of kinds and files."""
     return {
         "ao1": average_overlap(first, second, 1),
         "ao": average_overlap(first, second, k),
@@ -1087,8 +1059,8 @@ def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
     order = np.random.default_rng(seed).permutation(len(pairs))
     partners = np.full(len(pairs), -1)
     for position, i in enumerate(order):
-        # The nearest one before it in a random order that will do. The file's own order would not
-        # serve: neighbours there are often of one image.
+        # The nearest one before it in a random order: in the file's, neighbours are often of one
+        # image.
         for step in range(1, min(len(pairs), 50)):
             partner = order[position - step]
             if contents[i].isdisjoint(contents[partner]):
@@ -1110,10 +1082,10 @@ def comparisons(pairs: list[Pair]) -> np.ndarray:
 
 
 def image_to_text(texts, text_features, image_features, correct, groups) -> dict:
-    """{"i2t@1": Values, ...} of the images that are correct for some text: whether one of their
+    """{"i2t@1": Scores, ...} of the images that are correct for some text: whether one of their
     texts is found. For the bootstrap, an image belongs to the group of its first text.
 
-    correct: rows of each text's images. A text that stands there several times with the same images
+    correct: rows of each text's images. A text that occurs several times with the same images
     counts once.
     """
     different = {}
@@ -1126,7 +1098,7 @@ def image_to_text(texts, text_features, image_features, correct, groups) -> dict
             texts_of.setdefault(row, []).append(position)
     ranked = rankings(image_features[list(texts_of)], text_features[kept], max(RECALL_AT))
     image_groups = groups[kept][[positions[0] for positions in texts_of.values()]]
-    return {f"i2t@{k}": Values(recall_at_k(ranked, texts_of.values(), k), image_groups)
+    return {f"i2t@{k}": Scores(recall_at_k(ranked, texts_of.values(), k), image_groups)
             for k in RECALL_AT}
 
 
@@ -1146,13 +1118,13 @@ class Pairs(Task):
     """Rank similarity of queries and paraphrases, recall of their correct images, and contrast with
     pairs that change the meaning.
 
-    Everything is computed once for all pairs, and reported for those of each kind, all together,
-    and those of each file where there are several.
+    Everything is computed once for all pairs, and reported for each kind, for all, and for each of
+    several files.
     """
 
     def __init__(self, cfg, gallery):
         self.gallery, self.names, self.pairs = gallery, set(), []
-        # Each different pair is kept once. subsets: {keys in the JSON, as ("kinds", "order"), or ()
+        # subsets: {keys in the JSON, as ("kinds", "order"), or ()
         # for all pairs: [indices of pairs]}.
         subsets, index = {(): []}, {}
         for file, pair in given_pairs(cfg):
@@ -1163,7 +1135,7 @@ class Pairs(Task):
             if pair.negative:
                 parts.append(pair._replace(paraphrase=pair.negative, same=False))
             for part in parts:
-                # One that stands in two files, or twice in one, counts once in each subset.
+                # A pair that is in two files, or twice in one, counts once in each subset.
                 content = part.query, part.paraphrase, part.images, part.same
                 i = index.setdefault(content, len(index))
                 if i == len(self.pairs):
@@ -1185,11 +1157,11 @@ class Pairs(Task):
         depth = min(max(cfg.k, *RECALL_AT), len(images.names))
         queries = [pair.query for pair in self.pairs]
         paraphrases = [pair.paraphrase for pair in self.pairs]
-        features, depths = None, RECALL_AT
+        features, cutoffs = None, RECALL_AT
         if isinstance(model, RankedLists):
             ranked = model.search(queries + paraphrases, images, self.k, depth)
-            # A list that ends before k ranks does not tell what stands at k.
-            depths = [k for k in RECALL_AT if k <= ranked.shape[1]]
+            # A shorter list does not tell recall at k.
+            cutoffs = [k for k in RECALL_AT if k <= ranked.shape[1]]
         else:
             features = embed_texts(model, queries + paraphrases, cfg)
             ranked = rankings(features, images.features, depth).numpy()
@@ -1197,7 +1169,7 @@ class Pairs(Task):
         ranked = ranked.reshape(2, len(self.pairs), -1)
         correct = [[images.rows[name] for name in pair.images if name in images.rows]
                    for pair in self.pairs]
-        # Pairs that change the meaning are no part of recall.
+        # Pairs that change the meaning do not count in recall.
         correct_if_same = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
 
         # {name: (P,) values of all P pairs}, NaN where a metric says nothing of a pair.
@@ -1208,7 +1180,7 @@ class Pairs(Task):
         # "query_recall".
         keys = ["query_recall" if cfg.captions else "recall", "paraphrase_recall"]
         for side, key in enumerate(keys):
-            for k in depths:
+            for k in cutoffs:
                 values[key, f"t2i@{k}"] = recall_at_k(ranked[side], correct_if_same, k)
 
         results = {("split",): cfg.split} if cfg.benchmark else {}
@@ -1234,7 +1206,7 @@ class Pairs(Task):
         return results
 
     def chance(self, ranked, seed: int) -> dict:
-        """Values of unrelated pairs: the query of each with the paraphrase of another."""
+        """Scores of unrelated pairs: the query of each with the paraphrase of another."""
         kept = np.flatnonzero(self.same)
         partners = unrelated([self.pairs[i] for i in kept], self.groups[kept], seed)
         queries, others = kept[partners >= 0], kept[partners[partners >= 0]]
@@ -1259,15 +1231,15 @@ class Pairs(Task):
             for name, value in values.items():
                 measured = shown[~np.isnan(value[shown])]
                 if len(measured):
-                    results[(*keys, *name)] = Values(value[measured], self.groups[measured])
+                    results[(*keys, *name)] = Scores(value[measured], self.groups[measured])
             # A comparison belongs to the subsets of its changed pair.
             inside = np.isin(compared[:, 1], chosen)
             if inside.any():
                 results[(*keys, "contrast_pairs")] = int(inside.sum())
                 groups = self.groups[compared[inside, 0]]
-                results[(*keys, "contrast")] = Values(contrasts[inside], groups)
+                results[(*keys, "contrast")] = Scores(contrasts[inside], groups)
         if not self.same.all():
-            results[("ao_changed",)] = Values(ao[~self.same], self.groups[~self.same])
+            results[("ao_changed",)] = Scores(ao[~self.same], self.groups[~self.same])
         return results
 
 
@@ -1275,7 +1247,7 @@ class Captions(Task):
     """Recall of captions among the images that have any."""
 
     def __init__(self, cfg, gallery):
-        self.gallery, self.captions = gallery, read_captions(cfg.captions, cfg.split)
+        self.gallery, self.captions = gallery, read_captions_of_images(cfg.captions, cfg.split)
         self.names = set(self.captions)
 
     def measure(self, model, images, cfg):
@@ -1296,17 +1268,17 @@ class Captions(Task):
         results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
                    ("captions", "missing"): len(self.captions) - len(rows)}
         for k in RECALL_AT:
-            results["recall", f"t2i@{k}"] = Values(recall_at_k(ranked, correct, k), groups)
+            results["recall", f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
         found = image_to_text(texts, text_features, image_features, correct, groups)
         return results | {("recall", name): scores for name, scores in found.items()}
 
 
 class Triplets(Task):
-    """SugarCrepe++: are two captions, and their image, closer to each other than to a negative?
+    """SugarCrepe++: are two captions P1, P2, and their image I, closer to each other than to a
+    negative N?
 
     text_only: sim(P1, P2) > sim(P1, N) and sim(P1, P2) > sim(P2, N)
     image_text: sim(I, P1) > sim(I, N) and sim(I, P2) > sim(I, N)
-    Both are 1 or 0 for each triplet; a tie counts as 0.
     """
 
     def __init__(self, cfg, gallery):
@@ -1314,7 +1286,7 @@ class Triplets(Task):
         for path, file in zip(cfg.triplets, short_names(cfg.triplets)):
             self.files[file] = read_pairs(path)
             for triplet in self.files[file]:
-                if not triplet.negative.strip():
+                if not triplet.negative:
                     raise UserError(f"{path}: expected SugarCrepe++ JSON with a negative_caption, "
                                     f"also of {triplet.query!r}")
         triplets = itertools.chain(*self.files.values())
@@ -1330,7 +1302,7 @@ class Triplets(Task):
             text_only = (p1_p2 > similarity(p1, negative)) & (p1_p2 > similarity(p2, negative))
             groups = group_numbers(triplets)
             results["triplets", file, "n"] = len(triplets)
-            results["triplets", file, "text_only"] = Values(text_only.astype(float), groups)
+            results["triplets", file, "text_only"] = Scores(text_only.astype(float), groups)
             known, rows = [], []
             for i, triplet in enumerate(triplets):
                 there = [images.row(name) for name in triplet.images] if images else []
@@ -1342,7 +1314,7 @@ class Triplets(Task):
                 image_n = similarity(image, negative[known])
                 image_text = ((similarity(image, p1[known]) > image_n)
                               & (similarity(image, p2[known]) > image_n))
-                scores = Values(image_text.astype(float), groups[known])
+                scores = Scores(image_text.astype(float), groups[known])
                 results["triplets", file, "image_text_n"] = len(known)
                 results["triplets", file, "image_text"] = scores
         return results
@@ -1372,8 +1344,7 @@ class ZeroShot(Task):
             self.gallery, self.names, names_from = gallery, set(self.labels), "its JSON file"
         else:
             self.gallery, self.classnames, self.labels, names_from = read_classes(cfg.zeroshot)
-        # Names and prompts move ImageNet's accuracy by several points. So the output says whose
-        # they are, and others' numbers can be compared only if theirs are the same.
+        # Names and prompts move ImageNet's accuracy by several points: the output says whose.
         if cfg.classnames:
             names, names_from = read_classnames(cfg.classnames), cfg.classnames
             if len(names) != len(self.classnames):
@@ -1383,8 +1354,8 @@ class ZeroShot(Task):
         if not names_from:
             raise UserError(f"{cfg.zeroshot}: {len(self.classnames)} folders, which are not "
                             "ImageNet's 1000 and whose names are no words: give --classnames")
-        # To most tokenizers letter case makes no difference. OpenAI's names of ImageNet, with which
-        # published numbers were measured, have two such pairs.
+        # Most tokenizers ignore letter case. Of OpenAI's names of ImageNet, which published numbers
+        # use, two occur twice.
         uses = Counter(name.lower() for name in self.classnames)
         repeated = [name for name in self.classnames if uses[name.lower()] > 1]
         if repeated:
@@ -1411,10 +1382,10 @@ class ZeroShot(Task):
         correct, groups = [[self.labels[name]] for name in known], np.arange(len(known))
         results = {("zeroshot", "classes"): len(self.classnames), **self.sources,
                    ("zeroshot", "images"): len(known),
-                   ("zeroshot", "top1"): Values(recall_at_k(ranked, correct, 1), groups)}
+                   ("zeroshot", "top1"): Scores(recall_at_k(ranked, correct, 1), groups)}
         # Among five classes, the correct one is always one of the first five.
         if len(self.classnames) > 5:
-            results["zeroshot", "top5"] = Values(recall_at_k(ranked, correct, 5), groups)
+            results["zeroshot", "top5"] = Scores(recall_at_k(ranked, correct, 5), groups)
         return results
 
 
@@ -1457,7 +1428,7 @@ def choose_benchmark(cfg: EvalConfig):
                         "--zeroshot FILE.json")
     cfg.benchmark = cfg.benchmark or "emoji"
     if cfg.benchmark == "emoji":
-        # Here, since other data do not need the program that draws these.
+        # Imported here: only this benchmark needs what draws it.
         from demo.emoji_scenes import emoji_folder
         folder = Path(emoji_folder(), cfg.split)
     else:
@@ -1508,10 +1479,10 @@ class Estimate(NamedTuple):
 
 
 def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
-    """Results with an Estimate in place of each Values."""
+    """Results with an Estimate in place of each Scores."""
     estimates = {}
     for name, value in results.items():
-        if isinstance(value, Values):
+        if isinstance(value, Scores):
             mean, groups = float(value.values.mean()), len(set(value.groups.tolist()))
             interval = None
             if groups > 1:
@@ -1530,7 +1501,7 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
 def to_json(estimates: dict) -> dict:
     """Nested dicts: ("kinds", "order", "ao") becomes kinds.order.ao, its interval ...ao_ci.
 
-    The intervals of recall stand together: ("recall", "t2i@1") in recall_ci.t2i@1.
+    The intervals of recall are kept together: ("recall", "t2i@1") in recall_ci.t2i@1.
     """
     report = {}
 
@@ -1554,7 +1525,7 @@ def to_json(estimates: dict) -> dict:
 
 
 # Titles of the table's rows; other keys are their own titles.
-LABELS = {
+TITLES = {
     "ao1": "same first image",
     "ao": "AO@{k}",
     "js": "JS@{k}",
@@ -1568,7 +1539,7 @@ LABELS = {
     "contrast_pairs": "comparisons of contrast",
     "recall_pairs": "pairs with an image",
 }
-# What the table shows of each kind and file (contrast: not of kinds); the JSON has all.
+# What the table shows of each kind and file; the JSON has all.
 SHOWN_OF_SUBSETS = ("pairs", "ao1", "ao", "ao_minus_random", "js", "contrast")
 # Estimates from fewer independent groups are marked: their bootstrap intervals are too narrow.
 FEW = 30
@@ -1595,18 +1566,18 @@ class Column(NamedTuple):
 
 
 def row_title(keys, k: int) -> str:
-    titles = [LABELS.get(key, key.replace("_", " ")).replace("{k}", str(k)) for key in keys]
+    titles = [TITLES.get(key, key.replace("_", " ")).replace("{k}", str(k)) for key in keys]
     return " ".join(titles)
 
 
 def table_of(columns: list[Column]) -> tuple[list[str], list]:
     """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
-    # The rows of all columns, as a model of ranked lists has fewer, by their section.
+    # {section: the rows of any column}; ranked lists have fewer.
     sections, texts, k = {}, {}, 0
     for column in columns:
         k = column.estimates.get(("k",), k)
         for name, value in column.estimates.items():
-            # The texts, the same for all models, stand above the table.
+            # Strings, the same for all models, are printed above the table.
             if isinstance(value, str):
                 texts[name] = value
             elif name[0] not in ("kinds", "files", "changed") or name[2] in SHOWN_OF_SUBSETS:
@@ -1622,7 +1593,7 @@ def table_of(columns: list[Column]) -> tuple[list[str], list]:
     lines = [f"{row_title(name, k)}: {text}" for name, text in texts.items()]
     lines.append(f"Means x100, ± half a 95 % interval. *: fewer than {FEW} independent images, "
                  "groups or queries.")
-    lines.append("≠: a difference from 0 beyond its interval.")
+    lines.append("≠: a difference whose interval does not contain 0.")
     return lines, table
 
 
@@ -1672,8 +1643,8 @@ def differences(results: dict, base: dict, seed: int) -> dict:
     scores = {}
     for name, value in results.items():
         # Lists may be shorter than a model's, so that they lack some of its metrics.
-        if isinstance(value, Values) and name in base:
-            scores[name] = Values(value.values - base[name].values, value.groups)
+        if isinstance(value, Scores) and name in base:
+            scores[name] = Scores(value.values - base[name].values, value.groups)
     return estimate(scores, seed, of_differences=True)
 
 

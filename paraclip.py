@@ -17,7 +17,7 @@ checkpoints.
 
 import signal
 
-import common  # noqa: F401, it says in one line which packages are missing
+import common  # noqa: F401, it names missing packages
 
 if __name__ == "__main__":
     # The imports take seconds. Until run() is called, Ctrl-C ends them without a traceback.
@@ -43,10 +43,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import mean_over_ranks, rank_and_world_size
+from common.records import fix_surrogates
 from common.run_folder import StopSignals, open_run_folder, read_checkpoint
-from data import (BadSample, ShardIndex, center_crop, fix_surrogates, read_ahead, training_loader)
+from data import BadSample, ShardIndex, center_crop, read_ahead, training_loader
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -62,20 +63,20 @@ class Config:
     recipe: str = flag("", "preset to start from (default: the one that --data names)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(0, "loader processes per rank; 0: load in a thread of the training; "
+    workers: int = flag(0, "loader processes per rank; 0: load in a thread; "
                            "-1: the rank's share of the cores", low=-1)
     crop: float = flag(0.8, "minimum area fraction of the random resized crop, up to 1", low=0,
                        high=1)
     flip: bool = flag(
-        False, "mirror half of the training images; not where captions tell left from right")
+        False, "mirror half of the training images; wrong where captions say left or right")
     # text tower
     text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))
     lm: str = flag(
-        MINILM, "language model: Hugging Face name or folder; of several parts, the one of text")
+        MINILM, "language model, or the text part of one: Hugging Face name or folder")
     align_layers: int = flag(1, "transformer layers on the frozen states", low=1)
-    pool: str = flag("max", "over a caption's token states; model: as the language model's own "
-                            "folder of sentence-transformers says",
+    pool: str = flag("max", "over a caption's token states; model: as its sentence-transformers "
+                            "files say",
                      choices=("mean", "max", "first", "last", "model"))
     cache_lm: bool = flag(
         True, "compute a frozen language model's token states once and keep them in memory")
@@ -95,7 +96,7 @@ class Config:
         1, "micro-batches per step (GradCache: the loss still sees the full batch)", low=1)
     optimizer: str = flag("muon", "of the matrices inside the towers (the rest: AdamW)",
                           choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_LR times it", low=0,
+    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_FACTOR times it", low=0,
                      high=100)
     lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
                         low=0, high=1)
@@ -131,7 +132,7 @@ class Config:
 def run_name(data: str) -> str:
     """A name for what --data says: "emoji" -> emoji, "a/laion/{00..41}.tar" -> laion."""
     path = Path(data).resolve()
-    # Without ranges and the characters of globs; if nothing is left, the folder's name.
+    # Without ranges and glob characters; if nothing is left, the folder's name.
     return re.sub(r"\{.*\}|[^\w.-]", "", path.stem) or path.parent.name
 
 
@@ -145,11 +146,11 @@ RECIPES = {
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
         crop=0.5, workers=-1, save_every=2000),
 }
-# Fields that may change when a run is resumed: they change results by rounding at most. For data
-# the content is compared, not the path, so that a set may move to another disk.
-MAY_CHANGE = ("data", "recipe", "out", "workers", "accum", "cache_lm", "compile", "save_every",
-              "keep_every")
-# Fields that may differ between the ranks of a run, whose nodes may have other disks and cores.
+# Fields that may change when a run is resumed: they change results by rounding at most. Of data and
+# lm the content is compared, not the path, so that they may move to another disk.
+MAY_CHANGE = ("data", "lm", "recipe", "out", "workers", "accum", "cache_lm", "compile",
+              "save_every", "keep_every")
+# Fields that may differ between the ranks of a run.
 MAY_DIFFER = ("data", "recipe", "out", "workers")
 
 # Letters of shapes in all comments: R ranks, N pairs in the global batch, B pairs on this rank
@@ -263,8 +264,8 @@ class ViT(nn.Module):
     def forward(self, images):
         x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, W)
-        # Both are cast to the patches' precision. Under autocast, a sum with fp32 would be fp32,
-        # and with it all that the blocks pass on.
+        # Cast to the patches' precision: under autocast, a sum with fp32 would be fp32, and with it
+        # all that the blocks pass on.
         cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, T, W)
         x = x + self.pos_embed.to(x.dtype)
@@ -311,12 +312,11 @@ class TextTower(nn.Module):
     def __init__(self, lm: str, strategy: str, align_layers: int, pool: str):
         super().__init__()
         self.frozen = strategy in ("frozen", "align")
-        # Defined below, under "the language model".
         self.lm, self.tokenizer = load_lm(lm, pretrained=strategy != "scratch", frozen=self.frozen)
-        # A checkpoint holds the weights that are trained; of a frozen model, only their hash.
+        # A checkpoint holds the weights that are trained; of frozen ones, only this hash.
         self.lm_hash = hash_lm(self.lm, self.tokenizer, with_weights=self.frozen)
         with torch.no_grad():
-            # Measured, since each family has another name for it in its configuration.
+            # Measured, since each family names it differently in its configuration.
             self.width = self.lm_states(tokenize(self.tokenizer, ["a dog"])).shape[-1]
         # Heads of 64 dimensions, or one head if that does not divide the width.
         heads = self.width // 64 if self.width % 64 == 0 else 1
@@ -337,14 +337,14 @@ class TextTower(nn.Module):
         mask = tokens["attention_mask"].bool()  # (B, T)
         x = self.lm_states(tokens)  # (B, T, W)
         # --text align: all that is trained between tokens and pooled state. No positions are added,
-        # since the states carry them. Attention is in both directions, on a decoder's states, too.
+        # since the states carry them. Attention is in both directions, even on a decoder's states.
         for block in self.align:
             x = block(x, mask[:, None, None, :])
         x = self.norm(x).float()
         return self.pool(x, mask)
 
     def describe(self) -> str:
-        """For a reader to see that no start or end token is missing, and what is trained."""
+        """Shows whether a start or end token is missing, and what is trained."""
         tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a dog")["input_ids"])
         trained = [p.requires_grad for p in self.lm.parameters()]
         return (f"language model: 'a dog' is {' '.join(tokens)}; {sum(trained)} of its "
@@ -398,7 +398,7 @@ class ParaCLIP(nn.Module):
         unit features (B, E). Raises ValueError for another shape, dtype or range."""
         if isinstance(images, list):
             if not images or any(image.shape != self.image_shape for image in images):
-                raise ValueError(f"images: expected {self.image_shape} each, one at least")
+                raise ValueError(f"images: expected at least one, each {self.image_shape}")
             batches = [torch.stack(images[i:i + ENCODE_BATCH])
                        for i in range(0, len(images), ENCODE_BATCH)]
             return torch.cat([self.encode_image(batch) for batch in batches])
@@ -406,7 +406,7 @@ class ParaCLIP(nn.Module):
             if not images.is_floating_point() or not 0 <= images.min() <= images.max() <= 1:
                 raise ValueError("images: expected uint8, or floats in [0, 1]")
             images = images.float()
-        if images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if images.shape[1:] != self.image_shape:
             raise ValueError(f"images: expected (B, *{self.image_shape}), got "
                              f"{tuple(images.shape)}")
         # Sent as bytes, a quarter of the size of floats.
@@ -427,10 +427,13 @@ class ParaCLIP(nn.Module):
         if not all(isinstance(caption, str) for caption in text):
             raise ValueError("text: expected a list of str")
         # Captions of similar length together need little padding.
-        order = sorted(range(len(text)), key=lambda i: len(text[i]))
-        batches = [self.tokenize([text[i] for i in order[first:first + ENCODE_BATCH]])
-                   for first in range(0, len(text), ENCODE_BATCH)]
-        return self.encode_tokens(batches)[torch.tensor(order).argsort()]
+        order = torch.tensor(self.count_tokens(text)).argsort()
+        batches = [self.tokenize([text[i] for i in part]) for part in order.split(ENCODE_BATCH)]
+        return self.encode_tokens(batches)[order.argsort()]
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        """How many tokens each caption has."""
+        return self.tokenize(captions)["attention_mask"].sum(1).tolist()
 
     def encode_tokens(self, token_batches: list[dict]):
         """-> unit features (B, E) of all rows, in their order. In training, captions of similar
@@ -446,9 +449,8 @@ class ParaCLIP(nn.Module):
 
     def forward(self, images, token_batches):
         """-> image features (B, E), text features (B, E), inverse temperature."""
-        # Text first: transformers makes the CPU wait for the GPU when it looks at a mask. So the
-        # image tower's work is queued after that wait. (With --accum, the wait includes the
-        # micro-batch before.)
+        # Text first, so that the image tower's work is queued after the wait in lm_states(). (With
+        # --accum, that wait includes the micro-batch before.)
         text_features = self.encode_tokens(token_batches)
         return self.encode_image(images), text_features, self.logit_scale.exp()
 
@@ -486,7 +488,7 @@ def all_gather_with_grad(x):
 #   rank 1's images     [ .  . ]   [ *  . ]     labels 2, 3
 #                       [ .  . ]   [ .  * ]
 #
-# A rank computes its own rows, and as many of captions against all images: never the whole square.
+# A rank computes its images' and its captions' rows, never the whole square.
 def contrastive_loss(image_features, text_features, logit_scale):
     """CLIP's loss (arXiv 2103.00020) on this rank's rows, and how often an image's own caption
     scores highest.
@@ -512,7 +514,7 @@ def contrastive_loss(image_features, text_features, logit_scale):
 
 
 class Contrastive:
-    """The objective: what is learnt of a batch. experiments/ has others, which subclass it.
+    """The objective: what is learnt from a batch. experiments/ has others, which subclass it.
 
     The loader's workers hold a copy, so it must not hold the model. tokenize: a list of captions ->
     a token batch, by model.tokenize or, with --cache-lm, by what keep_lm_states() returns.
@@ -522,15 +524,15 @@ class Contrastive:
         pass
 
     def captions(self, samples) -> list[str]:
-        """In the loader: what the text tower encodes of these samples, a caption for each. With
-        several for each, those of one image stand side by side."""
+        """In the loader: what the text tower encodes of these samples: a caption each, or several
+        each, side by side."""
         return [sample.caption for sample in samples]
 
-    def constants(self, samples):
+    def targets(self, samples):
         """In the loader: what the loss needs besides features, a tensor (B, ...), or None."""
         return None
 
-    def loss(self, image_features, text_features, logit_scale, constants):
+    def loss(self, image_features, text_features, logit_scale, targets):
         """-> (loss, accuracy). Features are this rank's, (B, E)."""
         return contrastive_loss(image_features, text_features, logit_scale)
 
@@ -541,13 +543,12 @@ def forward_backward(parallel, objective: Contrastive, batch):
 
     parallel: the model, in DistributedDataParallel where there are several ranks. batch: a Batch.
     With several micro-batches, only one's activations are alive at a time, and still the loss sees
-    all pairs (GradCache, arXiv 2101.06983): a first pass computes all features without a graph,
-    the loss gives the gradient of each feature, and a second pass carries these gradients into the
-    towers. Plain gradient accumulation would shrink the softmax to a micro-batch.
+    all pairs (GradCache, arXiv 2101.06983). Plain gradient accumulation would shrink the softmax to
+    a micro-batch.
     """
-    micro_batches, constants = batch.micro_batches, batch.constants
+    micro_batches, targets = batch.micro_batches, batch.targets
     if len(micro_batches) == 1:
-        loss, accuracy = objective.loss(*parallel(*micro_batches[0]), constants)
+        loss, accuracy = objective.loss(*parallel(*micro_batches[0]), targets)
         loss.backward()
         return loss.detach(), accuracy
 
@@ -561,7 +562,7 @@ def forward_backward(parallel, objective: Contrastive, batch):
     logit_scale = scales[0].requires_grad_()
 
     # The loss, and its gradient with respect to each feature.
-    loss, accuracy = objective.loss(image_features, text_features, logit_scale, constants)
+    loss, accuracy = objective.loss(image_features, text_features, logit_scale, targets)
     loss.backward()
     image_grads = image_features.grad.split([len(part) for part in image_parts])
     text_grads = text_features.grad.split([len(part) for part in text_parts])
@@ -588,7 +589,7 @@ def orthogonalize(x):
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
-    # Each step maps every singular value s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5. Values above a
+    # Applies the quintic to each singular value. Values above a
     # hundredth end between 0.7 and 1.2; a fifth step changed no result beyond noise.
     for _ in range(4):
         a = x @ x.mT
@@ -596,9 +597,9 @@ def orthogonalize(x):
     return x
 
 
-# The learning rate of Muon's matrices is MUON_LR times --lr. An orthogonalised update has no single
+# The learning rate of Muon's matrices, in multiples of --lr. An orthogonalised update has no single
 # large direction that would diverge first, so it tolerates a larger rate. 5 and 20 were worse.
-MUON_LR = 10
+MUON_FACTOR = 10
 
 
 class Muon(torch.optim.Optimizer):
@@ -606,7 +607,7 @@ class Muon(torch.optim.Optimizer):
 
     The root mean square of an update is 0.2 lr, about AdamW's at equal lr (arXiv 2502.16982).
     torch.optim.Muon is not used since it computes in bf16, which many CPUs emulate, and takes no
-    convolutions. dtype: the precision of the iteration.
+    convolutions. dtype: of orthogonalize().
     """
 
     def __init__(self, groups, dtype):
@@ -664,7 +665,7 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
         if cfg.text == "finetune" and name.startswith("text_tower.lm."):
             lr, decay = lr * cfg.lm_lr, 0.0
         if cfg.optimizer == "muon" and id(p) in inner_weights:
-            groups, lr = muon_groups, MUON_LR * lr
+            groups, lr = muon_groups, MUON_FACTOR * lr
         groups.append(dict(params=[p], lr=lr, peak_lr=lr, weight_decay=decay))
     adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if not muon_groups:
@@ -678,7 +679,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     cosine towards 0."""
     if step <= warmup:
         return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
 def optimizer_step(model: ParaCLIP, optimizers: list, lr_scale: float):
@@ -710,7 +711,6 @@ def train(cfg: Config, make_objective=Contrastive):
     steps_per_epoch = len(index) // cfg.batch_size
     steps = cfg.steps or round(cfg.epochs * steps_per_epoch)
     check_sizes(cfg, index, world_size, steps)
-    # All that decides the results.
     config = asdict(cfg) | dict(samples=len(index), fingerprint=index.fingerprint,
                                 objective=make_objective.__name__)
 
@@ -730,7 +730,7 @@ def train(cfg: Config, make_objective=Contrastive):
                                  objective, pin_memory=distributed.ON_GPU)
         folder.print(model.text_tower.describe())
         folder.print(f"{cfg.out}: steps {folder.step + 1} to {steps} on {world_size} x {device}, "
-                     f"{cfg.precision}")
+                     f"{cfg.precision}; {len(index):,} samples, left out: {dict(index.skipped)}")
         folder.start()
         # From here on there is something to save.
         with StopSignals() as signals, contextlib.closing(read_ahead(loader)) as batches:
@@ -752,14 +752,14 @@ def train(cfg: Config, make_objective=Contrastive):
                            grad_norm=grad_norm, lr=cfg.lr * lr_scale)
                 keep = cfg.keep_every > 0 and step % cfg.keep_every == 0
                 if step % cfg.save_every == 0 or keep or stop or step == steps:
-                    replaced = folder.save(checkpoint_state(cfg, model, optimizers), keep)
+                    total = folder.save(checkpoint_state(cfg, model, optimizers), keep)
                 if stop and step < steps:
                     folder.print(f"stopped by a signal at step {step}; run the same command to "
                                  "resume")
-                    # The same status for all signals: not every rank may have had the signal.
+                    # The same status for all signals: some ranks may have had none.
                     raise SystemExit(128 + signal.SIGTERM)
-        folder.print(f"done; left out of the index: {dict(index.skipped)}; replaced while "
-                     f"training: {dict(replaced)}. Next: python eval_paraphrase.py {cfg.out}")
+        folder.print(f"done; replaced while training: {dict(total)}. Next: python "
+                     f"eval_paraphrase.py {cfg.out}")
 
 
 def open_index(cfg: Config) -> ShardIndex:
@@ -784,6 +784,8 @@ def check_sizes(cfg: Config, index: ShardIndex, world_size: int, steps: int):
     if not steps:
         raise UserError(f"--epochs {cfg.epochs} of {len(index)} usable samples are less than one "
                         f"step of --batch-size {cfg.batch_size}")
+    if steps < cfg.warmup:
+        note(f"--warmup {cfg.warmup} exceeds the {steps} steps: --lr is never reached")
 
 
 def build(cfg: Config, device: torch.device):
@@ -869,12 +871,12 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
 
 def text_part(model: nn.Module) -> nn.Module:
     """The part of a model that reads text: of an encoder-decoder the encoder, of a model of several
-    modalities the language model, of two towers the text tower; else the model itself."""
-    # A T5 whose encoder was published alone states that it is no encoder-decoder.
+    modalities the language model, of two towers the text tower."""
+    # A T5 whose encoder was published alone says it is no encoder-decoder.
     if model.config.is_encoder_decoder or hasattr(model, "decoder"):
         part = model.get_encoder()
     else:
-        # Of a model without parts, the model itself.
+        # It looks for language_model, then text_model; else it gives the model itself.
         part = model.get_decoder()
     if not isinstance(part, transformers.PreTrainedModel):
         raise ValueError("transformers has no text part of it that works alone")
@@ -882,13 +884,13 @@ def text_part(model: nn.Module) -> nn.Module:
     return part.base_model
 
 
-# What sentence-transformers calls them: "pooling_mode": "cls", in older files
+# Names of sentence-transformers: "pooling_mode": "cls", in older files
 # "pooling_mode_cls_token": true.
 POOLING_MODES = {"mean": "mean", "max": "max", "cls": "first", "lasttoken": "last"}
 
 
 def own_pooling(name: str) -> str:
-    """The pooling in the model's files of sentence-transformers, or "mean" if a folder has none.
+    """The pooling in the model's sentence-transformers files, or "mean" if a folder has none.
     Raises UserError if POOLS lacks it, if there are other layers, or if it cannot be known."""
     def read(file: str):
         path = transformers.utils.cached_file(
@@ -896,8 +898,7 @@ def own_pooling(name: str) -> str:
         return json.loads(Path(path).read_text()) if path else {}
 
     modules = read("modules.json")
-    # Offline, a hub model's weights may be kept here while modules.json is not. In a folder, its
-    # absence means that there is none.
+    # A folder without modules.json has none. A hub model's may only be absent here, offline.
     if not modules and not os.path.isdir(lm_path(name)):
         raise UserError(f"--pool model: modules.json of {name} is not there, or not kept on this "
                         "machine: give --pool mean, or what its authors say")
@@ -919,7 +920,7 @@ def own_pooling(name: str) -> str:
 
 
 def prepare_tokenizer(tokenizer, lm: nn.Module):
-    """Padding on the right, up to CLIP's context length or what the model has positions for."""
+    """Pads on the right; truncates to CLIP's context length or the model's positions."""
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # Decoders often have no padding token. Any will do, since attention_mask hides it.
@@ -964,7 +965,7 @@ def check_lm(lm: nn.Module, tokenizer, tolerance: float):
 @torch.enable_grad()
 def freeze_unused(lm: nn.Module, tokenizer):
     """Freezes the weights that states do not depend on: DistributedDataParallel would wait for
-    their gradients. Raises ValueError if it depends on the caption which weights these are."""
+    their gradients. Raises ValueError if other captions leave other weights unused."""
     weights, unused = list(lm.parameters()), []
     for caption in ("a dog", "a dog and a cat " * CONTEXT_LENGTH):
         states = lm(**tokenize(tokenizer, [caption])).last_hidden_state
@@ -1023,7 +1024,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
     """
     def check_memory(count: int):
         if count * model.text_tower.width * dtype.itemsize > STATES_BYTES:
-            raise UserError(f"--cache-lm: the token states of the captions need more than "
+            raise UserError("--cache-lm: the token states of the captions need more than "
                             f"{STATES_BYTES >> 30} GiB: add --no-cache-lm")
 
     dtype = torch.bfloat16 if model.bf16 else torch.float32
@@ -1105,7 +1106,7 @@ def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> Par
     UserError if there is no checkpoint, or if it does not fit.
     """
     checkpoint = read_checkpoint(path, ["model", "config", "lm"])
-    # Not all of config.json: it also names the data, and other objectives have more fields.
+    # Without what train() and other objectives add.
     try:
         config = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
     except KeyError as name:

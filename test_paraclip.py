@@ -51,10 +51,11 @@ from torch.nn import functional as F
 import data
 import eval_paraphrase as ev
 import paraclip
-from common import distributed, run_folder
+from common import distributed, records, run_folder
 from common.cli import UserError, check_ranges, flag, parse_config, run
 from common.distributed import rank_and_world_size
 from common.files import atomic_write, cache_folder
+from common.tar import list_any, list_plain
 from data import BadSample, Batch, Sample, ShardIndex, collate
 from demo import edits
 from paraclip import Config, Contrastive, ParaCLIP, ViT, contrastive_loss, load_model
@@ -499,7 +500,7 @@ def test_contrastive_loss_worked_by_hand():
 class SigLIP(Contrastive):
     """The loss of arXiv 2303.15343, with the bias fixed where it starts there."""
 
-    def loss(self, image_features, text_features, logit_scale, constants):
+    def loss(self, image_features, text_features, logit_scale, targets):
         all_text_features = paraclip.all_gather_with_grad(text_features)
         logits = logit_scale * image_features @ all_text_features.T - 10
         rank, _ = rank_and_world_size()
@@ -699,7 +700,8 @@ def test_users_causes_end_in_one_line(capsys, error, status, line):
     ["-m", "experiments.geometry"]])
 def test_missing_packages_are_said_in_one_line(program):
     # -S: without the folder that packages are installed in.
-    done = subprocess.run([sys.executable, "-S", *program], cwd=HERE, capture_output=True, text=True)
+    command = [sys.executable, "-S", *program]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == ("error: the package torch is missing: activate the virtual environment, "
                            "or run pip install -r requirements.txt\n")
@@ -806,7 +808,10 @@ A, B, C = [image_bytes(i) for i in range(3)]
     ([("1.jpg", A), ("2.jpg", B), ("1.txt", b"A"), ("3.txt", b"C"), ("1.jpg", C), ("3.jpg", C),
       ("1.txt", b"C"), ("2.txt", b"B")], [("B", B), ("C", C)], {"no caption": 2, "no image": 2}),
     ([("1.jpg", A), ("1.jpg", B), ("1.txt", b"B"), ("2.jpg", C), ("2.txt", b"C")], [("C", C)],
-     {"duplicate key": 1})], ids=["joined", "apart", "apart and joined", "neighbours"])
+     {"duplicate key": 1}),
+    ([("v.1.jpg", A), ("v.1.json", b'{"caption": "A"}'), ("v.2.jpg", B), ("v.2.json", b"{}"),
+      ("v.1.png", C), ("v.1.txt", b"C")], [("A", A), ("C", C)], {"no caption in .json": 1})],
+    ids=["joined", "apart", "apart and joined", "neighbours", "dots"])
 def test_no_image_takes_anothers_caption(tmp_path, members, samples, skipped):
     index = ShardIndex(str(write_tar(tmp_path / "0.tar", members)))
     assert samples_of(index) == samples and index.skipped == skipped
@@ -900,7 +905,7 @@ def test_common_archives_are_read_without_tarfile(tmp_path, format):
             tar.addfile(info, io.BytesIO(bytes(info.size)))
     with tarfile.open(path) as tar, open(path, "rb") as file:
         expected = [(member.name, member.offset_data, member.size) for member in tar][1:]
-        assert data.list_plain(file) == expected == list(data.list_any(file))
+        assert list_plain(file) == expected == list(list_any(file))
 
 
 HEADER = tarfile.TarInfo("1.jpg")
@@ -933,7 +938,7 @@ def test_unusual_headers_are_left_to_tarfile(tmp_path, header):
     path = tmp_path / "0.tar"
     path.write_bytes(header + bytes(1024 + 1024))
     with open(path, "rb") as file, pytest.raises(ValueError):
-        data.list_plain(file)
+        list_plain(file)
 
 
 def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
@@ -942,7 +947,7 @@ def test_names_in_gnu_tars_backups_are_their_own(tmp_path):
     path = tmp_path / "0.tar"
     path.write_bytes(with_checksum(header[:345] + b"14711223355\0" + header[357:]) + bytes(1024))
     with open(path, "rb") as file:
-        assert data.list_plain(file) == [("1.jpg", 512, 0)]
+        assert list_plain(file) == [("1.jpg", 512, 0)]
 
 
 def test_a_sparse_member_ends_no_shard(tmp_path):
@@ -976,9 +981,8 @@ def test_a_passing_fault_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr("builtins.open", failing_open)
         index = ShardIndex(folder)
     assert len(index) == 3 and len(ShardIndex(folder, workers=2)) == 8
-    # Who still uses the former index has its own table, but on disk there is only the latter.
+    # Who still uses the former index has its own table.
     assert index.captions(0) == [sentence(5)] and len(index) == 3
-    assert len(list(cache_folder().glob("**/rows"))) == 1
 
 
 def test_an_interrupted_index_is_begun_anew(tmp_path, monkeypatch):
@@ -1001,7 +1005,7 @@ def test_an_index_is_sent_to_workers_without_its_table(tmp_path):
 def test_a_shard_lost_later_is_a_bad_sample(tmp_path):
     index = ShardIndex(write_shards(tmp_path, [3]))
     index.image(0)
-    Path(index.shards[0]).write_bytes(b"")
+    Path(index.shards[0]).unlink()
     with pytest.raises(BadSample, match="unreadable shard"):
         index.image(0)
 
@@ -1023,7 +1027,13 @@ def test_the_index_follows_a_replaced_shard(tmp_path):
     latter = index_of(tmp_path / "latter", {"k.jpg": JPEG, "k.txt": b"cat"}).shards[0]
     os.utime(latter, ns=(status.st_atime_ns, status.st_mtime_ns))
     os.replace(latter, former.shards[0])
+    # The former index is kept, as another node may use it, until it is old.
     index = ShardIndex(former.shards[0])
+    assert former.table.exists() and index.table.exists()
+    os.utime(former.table.parent, (0, 0))
+    os.chmod(former.shards[0], 0o600)
+    ShardIndex(former.shards[0])
+    assert not former.table.exists()
     assert samples_of(index) == [("cat", JPEG)] and index.fingerprint != former.fingerprint
 
 
@@ -1148,7 +1158,7 @@ class OneCaption:
     def captions(self, samples):
         return [sample.caption for sample in samples]
 
-    def constants(self, samples):
+    def targets(self, samples):
         return None
 
 
@@ -1229,7 +1239,7 @@ def test_an_objective_sees_the_order_of_the_images(accum):
         def captions(self, samples):
             return [caption for sample in samples for caption in sample.captions]
 
-        def constants(self, samples):
+        def targets(self, samples):
             return torch.tensor([sample.number for sample in samples])
 
     samples = [make_sample(0, "long", "l"), make_sample(1, "s", "short"),
@@ -1239,7 +1249,7 @@ def test_an_objective_sees_the_order_of_the_images(accum):
     for some_images, token_batches in batch.micro_batches:
         images += some_images.flatten().tolist()
         captions += captions_of(token_batches)
-    assert images == batch.constants.tolist() == [1, 3, 0, 2]
+    assert images == batch.targets.tolist() == [1, 3, 0, 2]
     assert captions == ["s", "short", "me", "3", "long", "l", "longest", "2"]
 
 
@@ -1397,10 +1407,10 @@ def test_plain_headers_are_read_as_tarfile_reads_them(tmp_path, seed):
     path.write_bytes(content)
     with open(path, "rb") as file, contextlib.suppress(ValueError):
         # What is unusual raises a ValueError.
-        plain = data.list_plain(file)
+        plain = list_plain(file)
         try:
             # tarfile takes the date in GNU tar's backups for a folder.
-            for ours, slow in zip(plain, data.list_any(file), strict=True):
+            for ours, slow in zip(plain, list_any(file), strict=True):
                 assert ours[1:] == slow[1:] and slow[0].endswith(ours[0])
         except ValueError:
             raise AssertionError("tarfile refuses it")
@@ -1488,7 +1498,6 @@ There is no boy on the swing.
 A couple of boys and girls on a two-way street!
 = letter case: A COUPLE OF BOYS AND GIRLS ON A TWO-WAY STREET!
 = article: A couple of boys and girls on the two-way street!
-= a photo of: a photo of a couple of boys and girls on a two-way street!
 = typing error: A copule of boys and girls on a two-way street!
 Grüne buffalo
 = letter case: GRÜNE BUFFALO
@@ -1531,7 +1540,7 @@ def test_edits_of_ten_captions_are_those_made_by_hand(tmp_path, capsys):
     '{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],\n'
     ' "annotations": [{"image_id": 8, "caption": " Ash\\n"}, {"image_id": 7, "caption": "Elm"},'
     ' {"image_id": 8, "caption": "Ash"}]}',
-    '{"caption": "Ash", "image": "b.jpg"}\n{"captions": ["Elm", ""], "file_name": "a.jpg"}\n'])
+    '{"caption": "Ash", "image": "b.jpg"}\n{"captions": ["Elm"], "file_name": "a.jpg"}\n'])
 def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
     pairs = edit_pairs(tmp_path / "captions.json", text, capsys)
     assert [(pair["query"], pair["paraphrase"], pair["image"]) for pair in pairs] == [
@@ -1539,11 +1548,12 @@ def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
         ("Elm", "ELM", "a.jpg"), ("Elm", "Elm.", "a.jpg")]
 
 
-@pytest.mark.parametrize("text", ["", ". .\n", '{"text": "Ash"}', '{"caption": 1}',
+@pytest.mark.parametrize("text", ["", ". .\n", '{"title": "Ash"}', '{"caption": 1}',
                                   '{"caption": [1]}'])
 def test_files_without_captions_make_no_pairs(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
-    with pytest.raises(UserError, match="captions.json: (expected COCO|there is no caption)"):
+    complaint = "captions.json.*(is empty|is no text|is no caption|'captions')"
+    with pytest.raises(UserError, match=complaint):
         edits.main([str(tmp_path / "captions.json")])
 
 
@@ -2114,6 +2124,21 @@ def test_keep_every_keeps_checkpoints(lm, tmp_path):
     assert steps == {"model-00000002.pt": 2, "model-00000004.pt": 4, "model.pt": 4}
 
 
+def test_a_kill_between_two_files_keeps_both(lm, tmp_path, monkeypatch):
+    def kill_before_second_file(path, real_write=atomic_write):
+        written.append(path.name)
+        if written[-2:-1] == ["model-00000002.pt"]:
+            raise KeyboardInterrupt
+        return real_write(path)
+
+    written, shards = [], write_shards(tmp_path / "s", [40])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "atomic_write", kill_before_second_file)
+        train(lm, shards, tmp_path / "run", keep_every=2, save_every=1)
+    out = train(lm, shards, tmp_path / "run", keep_every=2, save_every=1)
+    assert len(list(out.glob("model-*"))) == 2
+
+
 def test_a_resumed_log_has_each_step_once(lm, tmp_path, monkeypatch):
     folder, out = write_shards(tmp_path / "s", [40]), tmp_path / "run"
     whole = train(lm, folder, tmp_path / "whole", steps=24)
@@ -2656,7 +2681,7 @@ def test_interval_is_as_wide_as_normal():
 
 def test_interval_of_all_or_none_is_exact():
     def interval(value, groups, of_differences=False):
-        scores = {("ao",): ev.Values(np.full(len(groups), value), np.array(groups))}
+        scores = {("ao",): ev.Scores(np.full(len(groups), value), np.array(groups))}
         return ev.estimate(scores, 0, of_differences)["ao",].interval
 
     exact = scipy.stats.binomtest(20, 20).proportion_ci(0.95, "exact")
@@ -2814,11 +2839,13 @@ DETAILS = ('{"query": "a", "query_ranking": ["1"], "paraphrase": "b", '
            '"paraphrase_ranking": ["2"]}')
 SUGAR = '{"caption": "q\\ud83d", "caption2": "p", "negative_caption": "n", "filename": "1"}'
 SUGAR_PAIR = ev.Pair("q?", "p", ("1",), negative="n")
+captions_of_test = functools.partial(records.read_captions, split="test")
 CLASSES = '{"classnames": ["x", "y"], "labels": {"a": 1}}'
 QP = ev.Pair("q", "p")
 GOOD_FILES = {
     "array": (ev.read_pairs, json.dumps([PAIR]), [QP]),
     "one line": (ev.read_pairs, json.dumps(PAIR), [QP]),
+    "null": (ev.read_pairs, '{"query": "q", "paraphrase": "p", "same": null, "kind": null}', [QP]),
     "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [QP] * 2),
     "pairs in csv": (ev.read_pairs, 'kind,Query,paraphrase,same,group\nx,q,"p, ""r""\ns",False,\n',
                      [ev.Pair("q", 'p, "r"\ns', kind="x", same=False)]),
@@ -2826,18 +2853,20 @@ GOOD_FILES = {
     "numbered": (ev.read_pairs, f'{{"0": {SUGAR}, "1": {SUGAR}}}', [SUGAR_PAIR] * 2),
     "lists": (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
     "details": (ev.read_lists, DETAILS, {"a": ["1"], "b": ["2"]}),
-    "coco": (ev.read_captions, COCO, {"a": ["x"]}),
-    "karpathy": (ev.read_captions, KARPATHY, {"a": ["x"]}),
-    "datasets": (ev.read_captions, '{"file_name": "a", "text": "x"}\n'
-                                   '{"file_name": "b", "captions": ["y", "z"]}',
-                 {"a": ["x"], "b": ["y", "z"]}),
-    "captions of splits": (ev.read_captions, "image,caption,split\na,x,test\nb,y,train\n",
-                           {"a": ["x"]}),
-    "kaggle": (ev.read_captions, 'image,caption\na,"x, y"\na,z\n', {"a": ["x, y", "z"]}),
-    "flickr": (ev.read_captions, "a.jpg#0\tx\na.jpg#1\ty\n", {"a.jpg": ["x", "y"]}),
+    "coco": (captions_of_test, COCO, [("x", "a")]),
+    "karpathy": (captions_of_test, KARPATHY, [("x", "a")]),
+    "datasets": (captions_of_test, '{"file_name": "a", "text": "x"}\n{"captions": ["y", "z"]}',
+                 [("x", "a"), ("y", None), ("z", None)]),
+    "captions of splits": (captions_of_test, "image,caption,split\na,x,test\nb,y,train\n",
+                           [("x", "a")]),
+    "kaggle": (captions_of_test, 'image,caption\na#1,"x, y"\na#1,z\n',
+               [("x, y", "a#1"), ("z", "a#1")]),
+    "flickr": (captions_of_test, "a.jpg#0\tx\na.jpg#1\ty\n", [("x", "a.jpg"), ("y", "a.jpg")]),
+    "spaces and empty rows": (ev.read_pairs, 'query, paraphrase, image\nq, "p", 1\n,,\n',
+                              [QP._replace(images=("1",))]),
     "csv": (ev.read_sts, 'a,"b, c",1\nd,e,2.5\n', [("a", "b, c", 1.0), ("d", "e", 2.5)]),
-    "sick": (ev.read_sts, "pair_ID\tsentence_A\tsentence_B\trelatedness_score\n1\ta\tb\t4.5\n",
-             [("a", "b", 4.5)]),
+    "sick": (ev.read_sts, "pair_ID\tlabel\tsentence_A\tsentence_B\trelatedness_score\n"
+             "7\t1\ta\tb\t4.5\n", [("a", "b", 4.5)]),
     "stray quotes": (ev.read_sts, 'id\tScore\tsentence1\tsentence2\n7\t3\ta\t"b\n8\t1\t"c\td\n',
                      [("a", '"b', 3.0), ('"c', "d", 1.0)]),
     "quotes over lines": (ev.read_sts, 'sentence1\tsentence2\tscore\na\t"b\t1\nc\td"\t2\n',
@@ -2851,10 +2880,11 @@ GOOD_FILES = {
 }
 BAD_FILES = {
     "broken line": (ev.read_pairs, json.dumps(PAIR) + "\n\n{", "line 3: expected JSON"),
-    "comma without quotes": (ev.read_captions, "image,caption\na,b\na,A man, a dog", "row 2.*quotes"),
+    "comma without quotes": (captions_of_test, "image,caption\na,b\na,A man, a dog",
+                             "row 2.*quotes"),
     "comma in a bare table": (ev.read_pairs, "A dog, running,A hound\n", "row 1.*quotes"),
-    "comma in a bare caption": (ev.read_captions, "a.jpg,A man, a dog\n", "row 1.*quotes"),
-    "stray quotes in csv": (ev.read_pairs, 'query,paraphrase\n"a "b" c",d', "CSV"),
+    "comma in a bare caption": (captions_of_test, "a.jpg,A man, a dog\n", "row 1.*quotes"),
+    "stray quotes in csv": (ev.read_pairs, 'query,paraphrase\n"a "b" c",d', "CSV.*line 2"),
     "a number among rows": (ev.read_pairs, '[["q", "p"], 5]', "row 2"),
     "no paraphrase": (ev.read_pairs, '{"query": "q"}', "record 1: expected query and paraphrase"),
     "image no text": (ev.read_pairs, json.dumps(PAIR | {"images": [7]}), "7 is no text"),
@@ -2864,9 +2894,10 @@ BAD_FILES = {
     "not UTF-8": (ev.read_pairs, b"\xff\xfe{\0", "UTF-8"),
     "two lists": (ev.read_lists, DETAILS + DETAILS.replace("1", "3").join("\n\n"),
                   "record 2.*several models"),
-    "caption no text": (ev.read_captions, COCO.replace('"x"', "null"), "None is no text"),
-    "unknown image": (ev.read_captions, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
-    "no captions": (ev.read_captions, KARPATHY.replace("test", "val"), "there is none"),
+    "caption no text": (captions_of_test, COCO.replace('"x"', "null"), "None is no text"),
+    "unknown image": (captions_of_test, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
+    "no captions": (captions_of_test, KARPATHY.replace("test", "val"),
+                    "no caption in it of the split test"),
     "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "record 2.*finite score"),
     "no score": (ev.read_sts, "sentence1,sentence2,score\n", "is empty"),
     "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),
@@ -3256,7 +3287,7 @@ def test_prompts_are_named_where_lists_come_first(exported, cd, capsys, tmp_path
 
 def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
     def nothing_in_common(task, model, images, cfg):
-        return {(f"{model.is_siglip}",): ev.Values(np.ones(2), np.arange(2))}
+        return {(f"{model.is_siglip}",): ev.Scores(np.ones(2), np.arange(2))}
     monkeypatch.setattr(ev.STS, "measure", nothing_in_common)
     clip, siglip = evaluate(capsys, "clip", "siglip", "--sts", "sts.csv")
     assert "diff" not in siglip

@@ -1,4 +1,4 @@
-"""What all programs share and no reader comes for: flags, files, ranks, run folders."""
+"""What all programs share and no reader comes for: flags, files, records, ranks, run folders."""
 
 import importlib.util
 import sys

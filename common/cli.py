@@ -77,7 +77,7 @@ def parse_config(cls, argv=None, recipes={}):
         raise UserError(f"{message}; see --help")
 
     parser = argparse.ArgumentParser(
-        description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+        description=sys.modules["__main__"].__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # A flag that is not given stays absent, so that it overrides no recipe.
         argument_default=argparse.SUPPRESS)
@@ -106,6 +106,8 @@ ENVIRONMENT_ERRORS = {
     "by peer": "another rank ended; see its message",
     "shared memory": "/dev/shm is too small for loader workers: in Docker give --ipc=host; "
                      "--workers 0 needs none",
+    "invalid device ordinal": "there are fewer GPUs than processes: lower --nproc_per_node",
+    "C++ compiler": "--compile needs a C++ compiler, such as g++",
     "DataLoader worker (pid": "",
     "out of memory": "",
     "allocate memory": ""}

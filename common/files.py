@@ -9,7 +9,7 @@ from common.cli import UserError
 
 def data_folder(name: str) -> Path:
     """Where a data set known by name lies: $PARACLIP_DATA/name, by default shards/name."""
-    return Path(os.environ.get("PARACLIP_DATA", "shards")) / name
+    return Path(os.environ.get("PARACLIP_DATA") or "shards") / name
 
 
 def cache_folder() -> Path:

@@ -1,13 +1,14 @@
-"""Files of records, such as pairs or captions: JSON, JSON lines, CSV or TSV."""
+"""Files of records, such as pairs or captions: JSON, JSON lines, CSV, TSV or plain lines."""
 
 import contextlib
 import csv
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
-from common.cli import UserError, expecting
+from common.cli import UserError, expecting, note
 
 
 def read_text(path) -> str:
@@ -17,8 +18,8 @@ def read_text(path) -> str:
 
 
 def parse_records(path):
-    """The JSON value in a file, or the list of the values of its lines, or the rows of its table,
-    lists of str."""
+    """A file's JSON value, or the list of its lines' values, or its table's rows, each a list of
+    str."""
     text = read_text(path)
     with expecting(path, "JSON, JSON lines, CSV or TSV"):
         if text.lstrip()[:1] in ("[", "{"):
@@ -32,22 +33,25 @@ def parse_records(path):
                         records.append(json.loads(line))
             return records
         delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True,
+                            skipinitialspace=delimiter == ",")
         try:
-            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-            rows = [row for row in rows if row]
-            # A cell that holds a tab runs from one stray quote to another, over lines.
+            rows = [row for row in reader if any(row)]
+        except csv.Error as error:
+            if delimiter == ",":
+                raise ValueError(f"line {reader.line_num}: {error}") from None
+        else:
+            # A cell with a tab in it was read from one stray quote to another.
             if delimiter == "," or not any("\t" in cell for row in rows for cell in row):
                 return rows
-        except csv.Error:
-            if delimiter == ",":
-                raise
         # In tab-separated sets such as GLUE's, quote characters quote nothing.
-        return [line.rstrip("\r").split(delimiter) for line in text.split("\n") if line.strip()]
+        return [line.split("\t") for line in text.split("\n") if line.strip()]
 
 
 def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, dict]]:
     """[(place, {field: value})] of a file, whatever its form; absent fields are absent.
 
+    fields: {field: the names that files have for it}, in any letter case; the first has precedence.
     bare_columns: a table without names in its first row has this many columns, the first `fields`.
     """
     records = parse_records(path)
@@ -55,12 +59,14 @@ def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, d
         # A dict of numbered records, or a single line of JSON lines.
         values = list(records.values())
         records = values if all(isinstance(value, dict) for value in values) else [records]
+    known_names = set(itertools.chain(*fields.values()))
     if records and isinstance(records[0], list):
         columns = [str(cell).strip().lower() for cell in records[0]]
-        if set(columns) & set(itertools.chain(*fields.values())):
-            records = records[1:]
-        else:
+        if known_names.isdisjoint(columns):
+            note(f"{path}: its first row names no known field, so it is read as data: {columns}")
             columns = list(fields)[:bare_columns]
+        else:
+            records = records[1:]
         rows, records = records, []
         for number, row in enumerate(rows, 1):
             with expecting(f"{path}, row {number}", f"{len(columns)} cells at most, with quotes "
@@ -69,16 +75,19 @@ def read_records(path, fields: dict, bare_columns: int = 0) -> list[tuple[str, d
                 if any(row[len(columns):]):
                     raise ValueError(f"there are {len(row)}")
                 records.append(dict(zip(columns, row)))
-    found = []
+    found, others = [], {}
     for number, record in enumerate(records, 1):
         place = f"{path}, record {number}"
         with expecting(place, f"fields such as {', '.join(list(fields)[:3])}"):
             record = {name.lower(): value for name, value in record.items()}
-        # Reversed, since the last entry wins in a dict: the first of the names has precedence.
+        others |= dict.fromkeys(record.keys() - known_names)
+        # Reversed, since the last entry wins in a dict.
         found.append((place, {field: record[name] for field, names in fields.items()
                               for name in reversed(names) if name in record}))
     if not found:
         raise UserError(f"{path} is empty: expected {', '.join(list(fields)[:3])}")
+    if others:
+        note(f"{path}: fields that are not read: {', '.join(sorted(others))}")
     return found
 
 
@@ -88,3 +97,56 @@ def read_lines(path) -> list[str]:
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
+
+
+def fix_surrogates(text: str) -> str:
+    """Replaces half surrogate pairs by ?. Captions cut in mid-emoji have them, and tokenizers
+    refuse them."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
+def checked_text(value) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is no text")
+    return fix_surrogates(value)
+
+
+def checked_texts(value) -> list[str]:
+    return [checked_text(text) for text in (value if isinstance(value, list) else [value])]
+
+
+CAPTION_FIELDS = {"image": ["image", "filename", "file_name"],
+                  "captions": ["captions", "caption", "sentences", "text"], "split": ["split"]}
+
+
+def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
+    """[(caption, image name, or None where none is named)] of COCO's JSON, of Karpathy's, or of
+    records or rows. split: leaves out those that name another."""
+    data = parse_records(path)
+    with expecting(path, "captions: COCO's or Karpathy's JSON, or records of image and caption"):
+        if isinstance(data, dict) and "annotations" in data:
+            names = {image["id"]: image["file_name"] for image in data["images"]}
+            records = [(path, {"image": names[annotation["image_id"]],
+                               "captions": annotation["caption"]})
+                       for annotation in data["annotations"]]
+        elif isinstance(data, dict) and "images" in data:
+            records = [(path, {"image": image["filename"], "captions": image["sentences"],
+                               "split": image["split"]}) for image in data["images"]]
+        else:
+            records = read_records(path, CAPTION_FIELDS, bare_columns=2)
+    captions = []
+    for place, record in records:
+        if split and record.get("split", split) != split:
+            continue
+        with expecting(place, "a caption or several, and, where known, its image"):
+            # Flickr's lines number the captions of an image: 1.jpg#0.
+            image = record.get("image") and re.sub(r"(\.\w+)#\d+$", r"\1",
+                                                   checked_text(record["image"]))
+            texts = record["captions"]
+            for text in texts if isinstance(texts, list) else [texts]:
+                # Karpathy's sentences also hold their tokens.
+                text = checked_text(text["raw"] if isinstance(text, dict) else text)
+                captions.append((text, image))
+    if not captions:
+        raise UserError(f"{path}: there is no caption in it{split and ' of the split ' + split}")
+    return captions

@@ -3,9 +3,9 @@
     python -m demo.edits CAPTIONS > pairs.jsonl
     python eval_paraphrase.py MODEL --images DIR --pairs pairs.jsonl
 
-CAPTIONS is COCO's captions JSON, JSON lines of {"caption" or "captions", "image" or "file_name"},
-or a text file with a caption a line. Each rule gives a caption at most one pair, which depends on
-that caption alone; pairs that change the meaning have "same": false.
+CAPTIONS is a text file with a caption a line, or what --captions of eval_paraphrase.py takes, such
+as COCO's JSON or JSON lines of {"caption", "image"}. Each rule gives a caption at most one pair,
+which depends on that caption alone; pairs that change the meaning have "same": false.
 """
 
 import json
@@ -13,9 +13,9 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.cli import UserError, flag, parse_config, run
+from common.records import read_captions, read_lines, read_text
 
 
 # ---- words ---------------------------------------------------------------------------------------
@@ -49,12 +49,17 @@ for left, right in (("left", "right"), ("right", "left")):
 
 PRONOUN = r"(?i)\b(he|him|his|himself|she|her|hers|herself)\b"
 NEGATION = r"(?i)\b(no|not|none|nobody|nothing|without)\b|n't\b"
-# What "a photo of" cannot stand before: a caption that speaks of a photo, and a sentence, with "is"
-# or with a verb in -s before any preposition or participle ("A bike rests between two signs").
-PHOTO_OR_SENTENCE = (r"(?i)\b(photo|picture|image|view|close|closeup|is|are|was|were|has|have)\b|"
-                     r"^an? ((?!of|with|in|on|at|to|by|\w+ing|\w+ed)\b\w+ )+?\w*[^su]s\b")
+# What "a photo of" cannot stand before: a caption that speaks of a photo, and a sentence.
+PHOTO_OR_SENTENCE = "(?i)" + "|".join([
+    r"\b(photo|picture|image|view|close|closeup|is|are|was|were|has|have)\b",
+    # With a verb in -s before any preposition or participle: "A bike rests between two signs".
+    r"^an? ((?!(of|with|in|on|at|to|by|\w+ing|\w{2,}ed)\b)\w+ )+?\w*[^su]s\b",
+    # With one after them: "A man in a suit stands near a car".
+    r"\w[^su]s (a|an|the|his|her|its|at|by|near|next|to|up|down|out|into|through|while)\b",
+    # With a verb in the plural: "A group of zebras stand together".
+    r"^an? (group|couple|pair|herd|bunch) of"])
 # "the couple of dogs" is not what "a couple of dogs" becomes.
-NOT_A_FEW = "(?!(?:couple|few|lot|bunch|number) )"
+NOT_A_FEW = "(?!(?:couple|few|lot|bunch|number|variety) )"
 
 
 # ---- rules: the edited caption, or the caption itself where the rule does not apply --------------
@@ -69,14 +74,13 @@ def change_period(caption: str) -> str:
 
 
 def change_article(caption: str) -> str:
-    """The first "a" or "an" becomes "the"."""
-    return re.sub(rf"\b(?:(A)|a)n? {NOT_A_FEW}(?=[A-Za-z])",
+    """The first "a" or "an" becomes "the"; not of "there is a dog", nor of "the letter A"."""
+    return re.sub(rf"(?<!is )(?<!are )(?<!letter )\b(?:(A)|a)n? {NOT_A_FEW}(?=[A-Za-z])",
                   lambda match: "The " if match[1] else "the ", caption, count=1)
 
 
 def add_photo(caption: str) -> str:
-    starts_with_noun = re.match(rf"(?i)(an?|{'|'.join(NUMBERS)}) ", caption)
-    if not starts_with_noun or re.search(PHOTO_OR_SENTENCE, caption):
+    if not re.match("(?i)an? ", caption) or re.search(PHOTO_OR_SENTENCE, caption):
         return caption
     return "a photo of " + caption[0].lower() + caption[1:]
 
@@ -108,6 +112,12 @@ def swap_person(caption: str) -> str:
     return caption if re.search(PRONOUN, caption) else swap(caption, PERSONS)
 
 
+def swap_side(caption: str) -> str:
+    # "What is left of a sandwich", "left over pizza", "right side up".
+    other_left = re.search(r"(?i)\b(is left of|left over|side up)\b", caption)
+    return caption if other_left else swap(caption, SIDES)
+
+
 def negate(caption: str) -> str:
     """"is" becomes "is not"; without such a verb, the leading "a" or "two" becomes "no"."""
     if re.search(NEGATION, caption):
@@ -125,7 +135,7 @@ KEEPING = {"letter case": change_case, "final period": change_period, "article":
 CHANGING = {"colour": lambda caption: swap(caption, COLOURS),
             "number": lambda caption: swap(caption, NUMBERS),
             "noun": lambda caption: swap(caption, NOUNS), "person": swap_person,
-            "side": lambda caption: swap(caption, SIDES), "negation": negate}
+            "side": swap_side, "negation": negate}
 
 
 def edit(caption: str) -> list[dict]:
@@ -143,34 +153,16 @@ def edit(caption: str) -> list[dict]:
 
 
 # ---- the program ---------------------------------------------------------------------------------
-def read_captions(path: str) -> list[tuple[str, str | None]]:
+def captions_of(path: str) -> list[tuple[str, str | None]]:
     """[(caption, image)] with single spaces; image is None where none is named."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        if not text.lstrip().startswith("{"):
-            return [(" ".join(line.split()), None) for line in lines]
-        try:
-            records = [json.loads(line) for line in lines]
-        except ValueError:
-            # One object over several lines.
-            records = [json.loads(text)]
-        if "annotations" in records[0]:
-            coco = records[0]
-            names = {image["id"]: image["file_name"] for image in coco["images"]}
-            records = [{"caption": annotation["caption"], "image": names[annotation["image_id"]]}
-                       for annotation in coco["annotations"]]
-        captions = []
-        for record in records:
-            texts = record["captions"] if "captions" in record else record["caption"]
-            image = record.get("image", record.get("file_name"))
-            for caption in [texts] if isinstance(texts, str) else texts:
-                captions.append((" ".join(caption.split()), image))
-        return captions
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: expected COCO's captions JSON, JSON lines with caption (or "
-                        "captions) and, where known, image (or file_name), or a caption a line "
-                        f"({type(error).__name__}: {error})") from None
+    text = read_text(path)
+    is_table = path.endswith((".csv", ".tsv")) or "\t" in text.partition("\n")[0]
+    # "image," begins the captions.txt of Kaggle's copy of Flickr.
+    if is_table or text.lstrip().startswith(("[", "{", "image,")):
+        captions = read_captions(path)
+    else:
+        captions = [(line, None) for line in read_lines(path)]
+    return [(" ".join(caption.split()), image) for caption, image in captions]
 
 
 @dataclass
@@ -181,7 +173,7 @@ class EditsConfig:
 def main(argv=None):
     path = parse_config(EditsConfig, argv).captions
     # Each caption of an image once, none without a letter or digit.
-    captions = [pair for pair in dict.fromkeys(read_captions(path)) if re.search(r"\w", pair[0])]
+    captions = [pair for pair in dict.fromkeys(captions_of(path)) if re.search(r"\w", pair[0])]
     counts = Counter()
     for caption, image in captions:
         for pair in edit(caption):

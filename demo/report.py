@@ -243,7 +243,8 @@ def list_html(record: dict, side: str, other: str, k: int, number_of: dict, titl
         if name in others:
             marks.append("both")
             says += f", number {others.index(name) + 1} of the {other}"
-        if name in record["images"]:
+        # The other text of a pair whose meaning changed describes another image.
+        if name in record["images"] and (record["same"] or side == "query"):
             marks.append("right")
             says += ", correct"
         items.append(f'<li class="{" ".join(marks)}"><img data-i="{number_of[name]}" '
@@ -308,6 +309,8 @@ def page_html(results, details, chosen, k, is_cut, thumbnail) -> str:
         note += (f": with more of them, this page would exceed {MAX_BYTES // 10**6} MB." if is_cut
                  else " (--report-pairs shows more).")
     more = f" The first {SHOWN} of {k} images are shown." if k > SHOWN else ""
+    if not all(record["same"] for record in records):
+        more += " Where the meaning changed, a high AO counts as the worse one."
     correct = any(record["images"] for record in records)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">

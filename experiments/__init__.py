@@ -1,3 +1,3 @@
 """Where the numbers of README.md and docs/ come from."""
 
-import common  # noqa: F401, it says in one line which packages are missing
+import common  # noqa: F401, it names missing packages

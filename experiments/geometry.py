@@ -8,7 +8,6 @@ mean the same. This term reminds both towers: images whose captions mean about t
 captions of an image taken together, should end up close. Tables: docs/experiments.md.
 """
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +41,14 @@ class Geometry(Contrastive):
 
     def __init__(self, cfg, model, index, tokenize):
         self.weight = cfg.weight
-        self.targets = caption_centroids(model, index, tokenize)
+        self.centroids = caption_centroids(model, index, tokenize)
 
-    def constants(self, samples):
-        return self.targets[[sample.number for sample in samples]]  # (B, W)
+    def targets(self, samples):
+        return self.centroids[[sample.number for sample in samples]]  # (B, W)
 
-    def loss(self, image_features, text_features, logit_scale, constants):
-        loss, accuracy = super().loss(image_features, text_features, logit_scale, constants)
-        lm_features = constants.to(image_features.device)
+    def loss(self, image_features, text_features, logit_scale, targets):
+        loss, accuracy = super().loss(image_features, text_features, logit_scale, targets)
+        lm_features = targets.to(image_features.device)
         term = geometry_loss(image_features, text_features, lm_features)
         return loss + self.weight * term, accuracy
 
@@ -70,13 +69,12 @@ def caption_centroids(model, index, tokenize) -> torch.Tensor:
     for first in tqdm(range(0, len(index), 64), "targets", disable=None, leave=False):
         captions, numbers = [], []
         for number in range(first, min(first + 64, len(index))):
-            # A sample without a caption is replaced in training, so nobody asks for its target.
-            with contextlib.suppress(BadSample):
-                for caption in index.captions(number):
-                    captions.append(caption)
-                    numbers.append(number)
-        if not captions:
-            continue
+            try:
+                new = index.captions(number)
+            except BadSample as reason:
+                raise UserError(f"sample {number} gets no target: {reason}") from None
+            captions += new
+            numbers += [number] * len(new)
         tokens = {name: tensor.to(device) for name, tensor in tokenize(captions).items()}
         with model.autocast():
             states = model.text_tower.lm_states(tokens)

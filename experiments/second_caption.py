@@ -32,7 +32,7 @@ class SecondCaption(Contrastive):
             captions += [sample.caption, rng.choice(others)]
         return captions
 
-    def loss(self, image_features, text_features, logit_scale, constants):
+    def loss(self, image_features, text_features, logit_scale, targets):
         first, second = text_features[::2], text_features[1::2]  # (B, E) each
         loss, accuracy = contrastive_loss(image_features, first, logit_scale)
         image_second, _ = contrastive_loss(image_features, second, logit_scale)

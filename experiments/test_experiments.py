@@ -189,7 +189,7 @@ def test_val_pairs_come_from_captions_alone():
 
 
 def test_recall_is_over_official_test_images(benchmark):
-    coco = eval_paraphrase.read_captions(benchmark / "test/captions.json")
+    coco = eval_paraphrase.read_captions_of_images(benchmark / "test/captions.json")
     assert sorted(coco) == ["35", "36", "37", "38", "39"] and len(coco["35"]) == 5
 
 
@@ -250,6 +250,7 @@ def test_a_model_that_hears_nothing_has_no_contrast():
     assert half["contrast"] == 0.75
     with pytest.raises(UserError, match="share a sentence"):
         invariance.measure(pairs[:1], images, texts)
+    assert invariance.words_in_common({"query": "a red dog", "paraphrase": "A dog."}) == 2 / 3
 
 
 def test_invariance_of_a_run(benchmark, lm, tmp_path, capsys):

@@ -7,11 +7,12 @@ from torch.nn import functional as F
 import paraclip
 from common.cli import UserError
 from data import Sample
+from experiments.dose import Dose, at_dose
 from experiments.geometry import Geometry, GeometryConfig, caption_centroids, geometry_loss
 from experiments.second_caption import SecondCaption
 from paraclip import Config, load_model
-from test_paraclip import (SENTENCES, TINY, build, check_gradients_on_ranks, lm, private_cache,
-                           write_list_shards)
+from test_paraclip import (SENTENCES, TINY, build, check_gradients_on_ranks, flags, lm,
+                           private_cache, write_list_shards, write_shards)
 
 CASES = [dict(objective=Geometry, config=GeometryConfig, weight=0.7, accum=2),
          dict(objective=SecondCaption, accum=2)]
@@ -94,3 +95,19 @@ def test_an_objective_trains_and_loads(lm, tmp_path, objective, config):
 def test_geometry_needs_a_frozen_language_model():
     with pytest.raises(UserError, match="--text scratch"):
         GeometryConfig(text="scratch")
+
+
+def test_a_dose_leads_from_frozen_to_aligned_states(lm, tmp_path, monkeypatch):
+    paraclip.main(flags(data=write_shards(tmp_path / "s", [20]), out=tmp_path / "run",
+                        **TINY | dict(lm=lm, text="align", steps=3, warmup=0)),
+                  make_objective=Dose)
+    monkeypatch.setenv("DOSE_RUN", str(tmp_path / "run"))
+    captions, features = ["a dog", "a red cat on a mat"], []
+    for dose in ("0", "0.5", "1"):
+        monkeypatch.setenv("DOSE", dose)
+        features.append(at_dose().encode_text(captions))
+    aligned = load_model(tmp_path / "run")
+    assert torch.equal(features[2], aligned.encode_text(captions))
+    assert not torch.allclose(features[1], features[2], atol=1e-4)
+    aligned.text_tower.align = torch.nn.ModuleList()
+    assert torch.allclose(features[0], aligned.encode_text(captions), atol=1e-6)
