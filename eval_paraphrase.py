@@ -811,8 +811,10 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
-LIST_FIELDS = {name: [name] for name in ("text", "ranking", "query", "query_ranking", "paraphrase",
-                                         "paraphrase_ranking")}
+# The last six are what --details writes besides.
+LIST_FIELDS = {name: [name] for name in (
+    "text", "ranking", "query", "query_ranking", "paraphrase", "paraphrase_ranking",
+    "model", "kind", "same", "ao", "js", "images")}
 STS_FIELDS = {"sentence1": ["sentence1", "sentence_a"], "sentence2": ["sentence2", "sentence_b"],
               "score": ["score", "similarity_score", "relatedness_score", "label"]}
 
