@@ -204,14 +204,17 @@ def table_html(headers, lines, sections) -> str:
 
 
 def bars_html(reports: dict[str, dict], k: int) -> str:
-    """A bar of AO for every kind and model, with its interval and the AO of unrelated pairs."""
+    """A bar of AO for every kind and model, and one of contrast, with their intervals and what is
+    reached by chance."""
     parts = [f'<table class="bars"><caption class="soft">AO@{k}</caption>']
     first, rows, changed = next(iter(reports.values())), [], ", meaning changed: lower is better"
     for section, suffix in (("kinds", ""), ("files", ""), ("changed", changed)):
         for name in first.get(section, {}):
             results = {label: report[section][name] for label, report in reports.items()}
             rows.append((name + suffix, "ao", results))
-    rows += [("all pairs", "ao", reports), (f"all pairs{changed}", "ao_changed", reports)]
+    rows += [("all pairs", "ao", reports), (f"all pairs{changed}", "ao_changed", reports),
+             ("contrast: how often a pair agrees more than one whose meaning changed", "contrast",
+              reports)]
     for title, key, results in rows:
         # Files and kinds may hold only pairs of one sort.
         if key not in next(iter(results.values())):
@@ -220,7 +223,8 @@ def bars_html(reports: dict[str, dict], k: int) -> str:
         if len(reports) > 1:
             parts.append(f'<tr><th scope="rowgroup" colspan="3">{escape(title)}</th></tr>')
         for label, report in results.items():
-            value, chance = report[key], report.get(f"{key}_random")
+            value = report[key]
+            chance = 0.5 if key == "contrast" else report.get(f"{key}_random")
             low, high = report.get(f"{key}_ci", (value, value))
             mark = "" if chance is None else f'<s style="left:{100 * chance:.1f}%"></s>'
             parts.append(
@@ -324,8 +328,8 @@ def page_html(results, details, chosen, k, is_cut, thumbnail) -> str:
 </header><main>
 <section aria-labelledby="results"><h2 id="results">How far the lists agree</h2>
 {bars}
-<p class="soft"><s class="sample"></s> AO@{k} of unrelated texts: what a model reaches without
-understanding. The thin line is the 95 % interval.</p>
+<p class="soft"><s class="sample"></s> what a model reaches without understanding: AO@{k} of
+unrelated texts, and a contrast of 50. The thin line is the 95 % interval.</p>
 <details><summary>All numbers</summary><div class="wide" tabindex="0" role="region"
  aria-label="All numbers">{table}</div></details></section>
 <section aria-labelledby="shown"><h2 id="shown">What the texts find</h2>
