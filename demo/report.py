@@ -49,6 +49,7 @@ th, td { padding: .15rem .6rem .15rem 0; text-align: left; font-weight: normal }
 .bar div { position: relative; height: 1.1rem; background: var(--card);
   border: 1px solid var(--line) }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--bar) }
+.lower i { background: repeating-linear-gradient(45deg, var(--bar) 0 3px, var(--card) 3px 6px) }
 .bar u { position: absolute; top: 45%; height: 2px; background: var(--ink) }
 .bar s, s.sample { position: absolute; top: -3px; bottom: -3px; width: 0;
   border-left: 3px dotted var(--bad) }
@@ -204,22 +205,25 @@ def table_html(headers, lines, sections) -> str:
 
 
 def bars_html(reports: dict[str, dict], k: int) -> str:
-    """A bar of AO for every kind and model, and one of contrast, with their intervals and what is
-    reached by chance."""
+    """A bar of AO for every kind and model, then of contrast and recall, with their intervals and
+    what is reached by chance."""
     parts = [f'<table class="bars"><caption class="soft">AO@{k}</caption>']
     first, rows, changed = next(iter(reports.values())), [], ", meaning changed: lower is better"
     for section, suffix in (("kinds", ""), ("files", ""), ("changed", changed)):
         for name in first.get(section, {}):
             results = {label: report[section][name] for label, report in reports.items()}
             rows.append((name + suffix, "ao", results))
-    rows += [("all pairs", "ao", reports), (f"all pairs{changed}", "ao_changed", reports),
+    recalls = {label: report.get("recall", {}) | {
+        f"{name}_ci": interval for name, interval in report.get("recall_ci", {}).items()}
+        for label, report in reports.items()}
+    rows += [("all that keep the meaning", "ao", reports), (f"all{changed}", "ao_changed", reports),
              ("contrast: how often a pair agrees more than one whose meaning changed", "contrast",
-              reports)]
+              reports), ("R@10: a right image is among the first ten", "t2i@10", recalls)]
     for title, key, results in rows:
         # Files and kinds may hold only pairs of one sort.
         if key not in next(iter(results.values())):
             continue
-        parts.append("<tbody>")
+        parts.append(f'<tbody class="{"lower" if title.endswith(changed) else ""}">')
         if len(reports) > 1:
             parts.append(f'<tr><th scope="rowgroup" colspan="3">{escape(title)}</th></tr>')
         for label, report in results.items():
@@ -267,7 +271,8 @@ def pair_html(records: dict[str, dict], k: int, number_of: dict, titles: dict) -
              f'data-kind="{escape(group_of(first))}" data-scores="{scores}">'
              f'<p class="tag">{tag}</p><h3 class="two">']
     for side in ("query", "paraphrase"):
-        parts.append(f'<span><small>{side}</small><bdi>{escape(first[side])}</bdi></span>')
+        what = side if side == "query" or first["same"] else "text of another meaning"
+        parts.append(f'<span><small>{what}</small><bdi>{escape(first[side])}</bdi></span>')
     parts.append("</h3>")
     for label, record in records.items():
         shared = len(set(record["query_ranking"][:k]) & set(record["paraphrase_ranking"][:k]))
