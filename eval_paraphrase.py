@@ -739,7 +739,7 @@ def list_gallery(source: str) -> Gallery:
         raise UserError(f"{folder} holds {len(from_shards)} images in .tar shards and {len(files)} "
                         "image files beside them: give a folder with one or the other")
     if not from_shards and not files:
-        raise UserError(f"{folder}: no such folder, no image in it or below, and no shard in it")
+        raise UserError(f"{folder}: no image in it or below, and no shard in it")
     return Gallery(from_shards or dict(sorted(files.items())), source)
 
 

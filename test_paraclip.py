@@ -2997,6 +2997,19 @@ def test_classes_that_share_a_name_are_noted(tmp_path, capsys):
     assert "2 classes share a name, such as 'Crane'" in capsys.readouterr().err
 
 
+def test_vectors_of_a_similar_name_are_not_taken(tmp_path):
+    folder = write_images(tmp_path / "f", "sub/1.png", "2.png")
+    np.savez(tmp_path / "x.npz", names=["sub/1.png", "1.png", "2.png"], images=np.eye(3),
+             texts=["a"], text_features=np.ones((1, 3)))
+    features = ev.Vectors(str(tmp_path / "x.npz")).encode_gallery(ev.list_gallery(folder))
+    assert features.tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_a_mistyped_folder_is_called_that(tmp_path):
+    with pytest.raises(UserError, match="photoz: there is no such folder"):
+        ev.list_gallery(str(tmp_path / "photoz"))
+
+
 def test_classes_in_shards_of_clip_benchmark(tmp_path):
     members = [member for i in (2, 0, 1) for member in sample(i) + [(f"{i:05d}.cls", b"%d\n" % i)]]
     write_tar(tmp_path / "test/0.tar", members)
@@ -3008,6 +3021,10 @@ def test_classes_in_shards_of_clip_benchmark(tmp_path):
     task = ev.ZeroShot(ev.EvalConfig(zeroshot=str(tmp_path)), None)
     assert task.labels == {"00000": 0, "00001": 1, "00002": 2} and task.templates == ["a {}."]
     assert task.classnames == ["ant", "bee", "cow"] and task.gallery.names[0] == "00002"
+    # Of two shards with the same keys, the gallery would have one's image and the labels another's.
+    write_tar(tmp_path / "test/1.tar", sample(0) + [("00000.cls", b"1\n")])
+    with pytest.raises(UserError, match="00000.cls is in two shards"):
+        ev.read_classes(str(tmp_path))
 
 
 def test_cifar_is_torchvisions_test_set(tmp_path, monkeypatch):
