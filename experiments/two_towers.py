@@ -260,7 +260,7 @@ def our_cosines(folder: str) -> torch.Tensor:
     model = ev.open_model(folder, ev.EvalConfig(device="cpu"))
     batch = ev.default_collate([model.preprocess(image) for image in images()])
     image_features = ev.encode(model.encode_image, batch, len(images()))
-    return ev.encode(model.encode_text, TEXTS, len(TEXTS)) @ image_features.T
+    return ev.embed_texts(model, TEXTS, ev.EvalConfig()) @ image_features.T
 
 
 @torch.no_grad()
