@@ -461,10 +461,23 @@ class Vectors:
     def encode_text(self, texts):
         return self.look_up(texts, self.texts, "texts")
 
-    def encode_gallery(self, gallery):
+    def encode_gallery(self, gallery) -> tuple[list[str], np.ndarray]:
+        """(names, features) of the images, but for those that have no vector and no model could
+        read either."""
         # Exact names win: 1.jpg must not take the place of sub/1.jpg.
         known = {gallery.find(name): features for name, features in self.images.items()}
-        return self.look_up(gallery.names, known | self.images, "images")
+        known |= self.images
+        failed = []
+        for item in gallery.images.items():
+            if item[0] not in known:
+                faults = collate_images([item], lambda image: 0)[2]
+                # One that can be read lacks its vector, which ends in an error below.
+                if not faults:
+                    break
+                failed += faults
+        unreadable = note_skipped(gallery, failed)
+        names = [name for name in gallery.names if name not in unreadable]
+        return names, self.look_up(names, known, "images")
 
     def look_up(self, keys, features, what):
         missing = [key for key in keys if key not in features]
@@ -752,20 +765,23 @@ def open_image(read) -> Image.Image:
 
 
 def collate_images(items: list, preprocess):
-    """(indices, batch of preprocess(image), or None if all failed, [(index, reason it failed)])."""
-    indices, images, failed = [], [], []
-    for i, read in items:
+    """(names, batch of preprocess(image), or None if all failed, [(name, reason it failed)]).
+
+    items: [(name, function that reads it)].
+    """
+    names, images, failed = [], [], []
+    for name, read in items:
         try:
             image = preprocess(open_image(read))
             # It raises an error if the image's shape differs from the first's.
             default_collate([*images[:1], image])
         # One image, whatever it or a model's preprocessing raises, never ends an evaluation.
         except Exception as error:
-            failed.append((i, str(error).partition("\n")[0] or type(error).__name__))
+            failed.append((name, str(error).partition("\n")[0] or type(error).__name__))
         else:
-            indices.append(i)
+            names.append(name)
             images.append(image)
-    return indices, default_collate(images) if images else None, failed
+    return names, default_collate(images) if images else None, failed
 
 
 @dataclass
@@ -787,23 +803,30 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
     if isinstance(model, RankedLists):
         return EncodedGallery(gallery, names, None)
     if isinstance(model, Vectors):
-        features = encode(model.encode_gallery, gallery, len(names), model.path)
+        names, features = model.encode_gallery(gallery)
+        features = encode(lambda batch: batch, features, len(names), model.path)
         return EncodedGallery(gallery, names, features)
     readable, features, skipped = [], [], []
     loader = make_loader(
-        list(enumerate(gallery.images.values())), cfg.workers, batch_size=cfg.batch_size,
+        list(gallery.images.items()), cfg.workers, batch_size=cfg.batch_size,
         collate_fn=functools.partial(collate_images, preprocess=model.preprocess))
-    for indices, batch, failed in tqdm(loader, "images", leave=False, disable=None):
-        readable += [names[index] for index in indices]
-        skipped += [f"{names[index]}: {reason}" for index, reason in failed]
-        if indices:
-            features.append(encode(model.encode_image, batch, len(indices)))
-    if skipped:
-        print(f"skipped {len(skipped)} of {len(names)} images: {'; '.join(skipped[:20])}",
-              file=sys.stderr)
+    for batch_names, batch, failed in tqdm(loader, "images", leave=False, disable=None):
+        readable += batch_names
+        skipped += failed
+        if batch_names:
+            features.append(encode(model.encode_image, batch, len(batch_names)))
+    note_skipped(gallery, skipped)
     if not readable:
         raise UserError(f"none of the {len(names)} images can be read")
     return EncodedGallery(gallery, readable, torch.cat(features))
+
+
+def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]) -> set[str]:
+    """Says which images are skipped, and returns their names. failed: [(name, reason)]."""
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed[:20])
+        print(f"skipped {len(failed)} of {len(gallery.names)} images: {reasons}", file=sys.stderr)
+    return {name for name, _ in failed}
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
@@ -1697,8 +1720,8 @@ def main(argv=None):
             continue
         base, base_names, _ = measured[baseline]
         if any(base_names.get(gallery, names) != names for gallery, names in image_names.items()):
-            print(f"note: {label} and {baseline} can read different images, so their difference is "
-                  "left out", file=sys.stderr)
+            print(f"note: {label} and {baseline} have different images of the gallery, so their "
+                  "difference is left out", file=sys.stderr)
         elif found := differences(results, base, cfg.seed):
             reports[-1]["diff"] = to_json(found)
             columns.append(Column(f"minus {baseline}", found, is_difference=True))

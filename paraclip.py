@@ -294,6 +294,7 @@ def last_token(x, mask):
     return x[torch.arange(len(x)), mask.sum(dim=1) - 1]
 
 
+# Their names are also the choices of --pool.
 POOLS = {"mean": masked_mean, "max": masked_max, "first": first_token, "last": last_token}
 
 
@@ -347,8 +348,8 @@ class TextTower(nn.Module):
         """Shows whether a start or end token is missing, and what is trained."""
         tokens = self.tokenizer.convert_ids_to_tokens(self.tokenizer("a dog")["input_ids"])
         trained = [p.requires_grad for p in self.lm.parameters()]
-        return (f"language model: 'a dog' is {' '.join(tokens)}; {sum(trained)} of its "
-                f"{len(trained)} tensors are trained, the others frozen")
+        return (f"language model: 'a dog' is {' '.join(tokens)}, pooled by {self.pool.__name__}; "
+                f"{sum(trained)} of its {len(trained)} tensors are trained, the others frozen")
 
     def lm_states(self, tokens):
         """Token batch -> the language model's last hidden states (B, T, W)."""
@@ -864,7 +865,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     # Hub, files, configurations and safetensors raise a dozen types of error here.
     except Exception as error:
         if isinstance(error, OSError) and not os.path.exists(path):
-            error = f"there is no such folder; as a name on the Hugging Face hub: {error}"
+            error = ("there is no such folder (if it has moved: --lm, or lm= of load_model); as a "
+                     f"name on the Hugging Face hub: {error}")
         raise UserError(f"language model '{name}' cannot be used: {error}") from None
     return lm, tokenizer
 

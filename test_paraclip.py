@@ -2533,9 +2533,10 @@ def test_one_image_never_ends_an_evaluation(tmp_path):
     gallery = {name: functools.partial(np.zeros, (size, size, 3), np.uint8)
                for name, size in sizes.items()}
     gallery["gone"] = (tmp_path / "gone.jpg").read_bytes
-    indices, images, failed = ev.collate_images(list(enumerate(gallery.values())), preprocess)
-    assert indices == [1] and images.tolist() == [[1, 1]]
-    assert failed[0] == (0, "odd") and failed[1][0] == 2 and "gone.jpg" in failed[2][1]
+    names, images, failed = ev.collate_images(list(gallery.items()), preprocess)
+    assert names == ["good"] and images.tolist() == [[1, 1]]
+    assert failed[0] == ("odd", "odd") and failed[1][0] == "other shape"
+    assert "gone.jpg" in failed[2][1]
 
 
 @FUZZ
@@ -2554,11 +2555,11 @@ def test_damaged_galleries_and_shapes_are_survived(tmp_path, seed):
     path.write_bytes(damage(path.read_bytes(), rng))
     write_tar(tmp_path / "2.tar", [("good.jpg", JPEG)])
     gallery = ev.list_gallery(str(tmp_path))
-    indices, images, failed = ev.collate_images(
-        list(enumerate(gallery.images.values())), lambda image: data.center_crop(image, 16))
-    assert images.shape == (len(indices), 3, 16, 16) and "good" in gallery.names
-    indices += [i for i, reason in failed if reason]
-    assert sorted(indices) == list(range(len(gallery.names)))
+    names, images, failed = ev.collate_images(
+        list(gallery.images.items()), lambda image: data.center_crop(image, 16))
+    assert images.shape == (len(names), 3, 16, 16) and "good" in gallery.names
+    names += [name for name, reason in failed if reason]
+    assert sorted(names) == sorted(gallery.names)
 
 
 # ---- evaluation: metrics -------------------------------------------------------------------------
@@ -3001,8 +3002,22 @@ def test_vectors_of_a_similar_name_are_not_taken(tmp_path):
     folder = write_images(tmp_path / "f", "sub/1.png", "2.png")
     np.savez(tmp_path / "x.npz", names=["sub/1.png", "1.png", "2.png"], images=np.eye(3),
              texts=["a"], text_features=np.ones((1, 3)))
-    features = ev.Vectors(str(tmp_path / "x.npz")).encode_gallery(ev.list_gallery(folder))
-    assert features.tolist() == [[0, 0, 1], [1, 0, 0]]
+    model, gallery = ev.Vectors(str(tmp_path / "x.npz")), ev.list_gallery(folder)
+    assert gallery.names == ["2.png", "sub/1.png"]
+    assert model.encode_gallery(gallery)[1].tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_vectors_may_lack_an_image_that_nobody_can_read(tmp_path, capsys):
+    folder = write_images(tmp_path / "f", "1.png", "2.png")
+    (tmp_path / "f/broken.png").write_bytes(b"broken")
+    arrays = dict(names=["1.png", "2.png"], images=np.eye(2), texts=["a"])
+    np.savez(tmp_path / "x.npz", **arrays, text_features=np.ones((1, 2)))
+    model, gallery = ev.Vectors(str(tmp_path / "x.npz")), ev.list_gallery(folder)
+    assert ev.embed_images(model, gallery, ev.EvalConfig()).names == ["1.png", "2.png"]
+    assert "skipped 1 of 3 images: broken.png: " in capsys.readouterr().err
+    write_images(tmp_path / "f", "3.png")
+    with pytest.raises(UserError, match="no vectors for . of 4 images, such as '3.png'"):
+        ev.embed_images(model, ev.list_gallery(folder), ev.EvalConfig())
 
 
 def test_a_mistyped_folder_is_called_that(tmp_path):
@@ -3555,7 +3570,7 @@ def test_models_on_other_images_are_uncompared(cd, capsys, tmp_path):
         for field in ("caption", "caption2", "negative_caption")})
     call(ev, "clip", tmp_path / "x.jsonl", *PAIRS)
     output = capsys.readouterr()
-    assert "can read different images" in output.err
+    assert "have different images of the gallery" in output.err
     assert "diff" not in json.loads(output.out.splitlines()[-1])[1]
 
 
