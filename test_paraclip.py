@@ -1939,7 +1939,7 @@ def test_the_pooling_of_a_model_that_is_not_here_is_not_guessed():
 
 def test_a_run_begins_with_the_tokens_of_a_caption(lm, tmp_path, capsys):
     train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", steps=2)
-    assert "'a dog' is [CLS] a dog [SEP]; 0 of its" in capsys.readouterr().out
+    assert "'a dog' is [CLS] a dog [SEP], pooled by masked_max; 0 of its" in capsys.readouterr().out
 
 
 def test_a_tokenizer_is_asked_for_its_mask(lm, tmp_path):
