@@ -185,8 +185,8 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
     # What a disk cannot read now it may read the next time, so this index is not kept for others.
     if "unreadable shard" in facts["skipped"]:
         return unfinished
-    # Removes former indexes and what killed processes left. Not the latest:
-    # where nodes share this folder and each has a copy of the shards, another may be using it.
+    # Former indexes, and what killed processes left, are removed once they are old. Where nodes
+    # share this folder and each has a copy of the shards, another node may be using a newer one.
     for former in folder.parent.iterdir():
         if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)

@@ -470,8 +470,8 @@ class Vectors:
         failed = []
         for item in gallery.images.items():
             if item[0] not in known:
-                faults = collate_images([item], lambda image: 0)[2]
-                # One that can be read lacks its vector, which ends in an error below.
+                _, _, faults = collate_images([item], lambda image: 0)
+                # It can be read, so a vector of it is missing: look_up() complains.
                 if not faults:
                     break
                 failed += faults

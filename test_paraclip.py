@@ -1552,7 +1552,7 @@ def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
                                   '{"caption": [1]}'])
 def test_files_without_captions_make_no_pairs(tmp_path, text):
     (tmp_path / "captions.json").write_text(text)
-    complaint = "captions.json.*(is empty|is no text|is no caption|'captions')"
+    complaint = "captions.json.*(is empty|is no text|is no caption in it|'captions')"
     with pytest.raises(UserError, match=complaint):
         edits.main([str(tmp_path / "captions.json")])
 
@@ -2898,7 +2898,7 @@ BAD_FILES = {
     "caption no text": (captions_of_test, COCO.replace('"x"', "null"), "None is no text"),
     "unknown image": (captions_of_test, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
     "no captions": (captions_of_test, KARPATHY.replace("test", "val"),
-                    "no caption in it of the split test"),
+                    "no caption of the split test in it"),
     "score not finite": (ev.read_sts, "a,b,1\nc,d,nan", "record 2.*finite score"),
     "no score": (ev.read_sts, "sentence1,sentence2,score\n", "is empty"),
     "no place for the name": (ev.read_templates, "a {}\n\nno place\n", "no place"),

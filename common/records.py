@@ -148,5 +148,6 @@ def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
                 text = checked_text(text["raw"] if isinstance(text, dict) else text)
                 captions.append((text, image))
     if not captions:
-        raise UserError(f"{path}: there is no caption in it{split and ' of the split ' + split}")
+        of_split = f" of the split {split}" if split else ""
+        raise UserError(f"{path}: there is no caption{of_split} in it")
     return captions

@@ -152,8 +152,11 @@ class RunFolder:
             buffer = io.BytesIO()
             torch.save(dict(state, config=self.config, step=self.step, seconds=self.seconds,
                             log_bytes=self.log_bytes, replaced=dict(replaced)), buffer)
-            # The copy first: a run that is killed between the two takes its step again.
-            for name in [f"model-{self.step:08d}.pt"] * keep + ["model.pt"]:
+            names = ["model.pt"]
+            if keep:
+                # The copy first: a run that is killed between the two takes its step again.
+                names.insert(0, f"model-{self.step:08d}.pt")
+            for name in names:
                 with atomic_write(self.path / name) as file:
                     file.write(buffer.getbuffer())
         barrier()
