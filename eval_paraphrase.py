@@ -411,7 +411,8 @@ class HuggingFaceCLIP(torch.nn.Module):
             # SigLIP 2 (arXiv 2502.14786) on lower case; transformers does neither by default.
             texts = [text.lower() for text in texts]
             padding = {"padding": "max_length", "return_attention_mask": False}
-        # On the left, as some checkpoints' files say, features would change with their neighbours.
+        # Some checkpoints' files say that padding is on the left. A text's features would then
+        # depend on its neighbours in the batch.
         self.tokenizer.padding_side = "right"
         tokens = self.tokenizer(texts, truncation=True, max_length=self.max_length,
                                 return_tensors="pt", **padding)
@@ -468,9 +469,9 @@ class Vectors:
         known = {gallery.find(name): features for name, features in self.images.items()}
         known |= self.images
         failed = []
-        for item in gallery.images.items():
-            if item[0] not in known:
-                _, _, faults = collate_images([item], lambda image: 0)
+        for name, read in gallery.images.items():
+            if name not in known:
+                _, _, faults = collate_images([(name, read)], lambda image: 0)
                 # It can be read, so a vector of it is missing: look_up() complains.
                 if not faults:
                     break
@@ -804,6 +805,7 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
         return EncodedGallery(gallery, names, None)
     if isinstance(model, Vectors):
         names, features = model.encode_gallery(gallery)
+        # Nothing is encoded here, but the features are checked as a model's are.
         features = encode(lambda batch: batch, features, len(names), model.path)
         return EncodedGallery(gallery, names, features)
     readable, features, skipped = [], [], []
@@ -1149,8 +1151,8 @@ class Pairs(Task):
 
     def __init__(self, cfg, gallery):
         self.gallery, self.names, self.pairs = gallery, set(), []
-        # subsets: {keys in the JSON, as ("kinds", "order"), or ()
-        # for all pairs: [indices of pairs]}.
+        # subsets: {keys in the JSON, such as ("kinds", "order"), or () for all pairs: [indices of
+        # pairs]}.
         subsets, index = {(): []}, {}
         for file, pair in given_pairs(cfg):
             self.names.update(pair.images)
@@ -1231,7 +1233,7 @@ class Pairs(Task):
         return results
 
     def chance(self, ranked, seed: int) -> dict:
-        """Scores of unrelated pairs: the query of each with the paraphrase of another."""
+        """Values of unrelated pairs: the query of each with the paraphrase of another."""
         kept = np.flatnonzero(self.same)
         partners = unrelated([self.pairs[i] for i in kept], self.groups[kept], seed)
         queries, others = kept[partners >= 0], kept[partners[partners >= 0]]
@@ -1369,7 +1371,8 @@ class ZeroShot(Task):
             self.gallery, self.names, names_from = gallery, set(self.labels), "its JSON file"
         else:
             self.gallery, self.classnames, self.labels, names_from = read_classes(cfg.zeroshot)
-        # Names and prompts move ImageNet's accuracy by several points: the output says whose.
+        # Names and prompts move ImageNet's accuracy by several points, so the output says where
+        # they are from.
         if cfg.classnames:
             names, names_from = read_classnames(cfg.classnames), cfg.classnames
             if len(names) != len(self.classnames):
