@@ -1937,9 +1937,14 @@ def test_the_pooling_of_a_model_that_is_not_here_is_not_guessed():
         Config(**TINY | dict(lm="BAAI/bge-small-en", pool="model"))
 
 
-def test_a_run_begins_with_the_tokens_of_a_caption(lm, tmp_path, capsys):
-    train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", steps=2)
-    assert "'a dog' is [CLS] a dog [SEP], pooled by masked_max; 0 of its" in capsys.readouterr().out
+def test_a_run_begins_with_what_it_trains_on(lm, tmp_path, capsys):
+    folder = write_shards(tmp_path / "s", [40])
+    write_tar(Path(folder) / "x.tar", [("a.jpg", JPEG)])
+    train(lm, folder, tmp_path / "run", steps=2, warmup=3)
+    output = capsys.readouterr()
+    assert "'a dog' is [CLS] a dog [SEP], pooled by masked_max; 0 of its" in output.out
+    assert "40 samples, left out: {'no caption': 1}" in output.out
+    assert "--warmup 3 exceeds the 2 steps: --lr is never reached" in output.err
 
 
 def test_a_tokenizer_is_asked_for_its_mask(lm, tmp_path):
@@ -2931,6 +2936,33 @@ def test_damaged_files_are_read_or_refused(tmp_path, reader, text, expected):
         file.write_bytes(rng.choice([replaced.encode(), damage(text.encode(), rng)]))
         with contextlib.suppress(UserError):
             reader(file)
+
+
+def test_fields_that_are_not_read_are_named(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("query,paraphrase,label\nq,p,false\n")
+    (tmp_path / "b.csv").write_text("original,rewrite\nq,p\n")
+    ev.read_pairs(tmp_path / "a.csv")
+    assert len(ev.read_pairs(tmp_path / "b.csv")) == 2
+    notes = capsys.readouterr().err
+    assert "a.csv: fields that are not read: label" in notes
+    assert "b.csv: its first row names no known field, so it is read as data" in notes
+
+
+def test_texts_of_as_many_tokens_share_a_batch():
+    batches = []
+
+    class Model:
+        def count_tokens(self, texts):
+            return [text.count(" ") for text in texts]
+
+        def encode_text(self, texts):
+            batches.append(sorted(texts))
+            return torch.tensor([[len(text), 1.0] for text in texts])
+
+    texts = ["a b c", "tall", "d e f", "wide"]
+    features = ev.embed_texts(Model(), texts, ev.EvalConfig(batch_size=2))
+    assert batches == [["tall", "wide"], ["a b c", "d e f"]]
+    assert features[:, 0].tolist() == [5, 4, 5, 4]
 
 
 def test_a_trec_run_becomes_lists(tmp_path, monkeypatch):

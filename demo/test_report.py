@@ -85,7 +85,8 @@ def test_thumbnails_are_small_and_stand_once(tmp_path):
 def test_the_page_names_nothing_outside_itself(tmp_path):
     page = write(tmp_path / "x.html", {"new": [record()]})
     assert "://" not in page and "url(" not in page
-    assert not [tag for tag, attributes in Elements(page).found if {"src", "href"} & set(attributes)]
+    found = Elements(page).found
+    assert not [tag for tag, attributes in found if {"src", "href"} & set(attributes)]
 
 
 def test_texts_are_data(tmp_path):
@@ -99,6 +100,27 @@ def test_texts_are_data(tmp_path):
     assert page.all("article")[0]["data-kind"] == MARKUP
     # As text: in the bars, the headings of pair and model, the kind and its choice.
     assert page.text.count(MARKUP) >= 5
+
+
+def test_bars_show_contrast_recall_and_what_should_be_low():
+    results = {"ao": 0.6, "ao_changed": 0.3, "changed": {"opposite": {"ao": 0.25}},
+               "contrast": 0.8, "contrast_ci": [0.7, 0.9],
+               "recall": {"t2i@10": 0.4}, "recall_ci": {"t2i@10": [0.35, 0.45]}}
+    page = Elements(report.bars_html({"model": results}, k=10))
+    bars = [bar["style"] for bar in page.all("i")]
+    assert bars == [f"width:{width}.0%" for width in (25, 60, 30, 80, 40)]
+    assert [body["class"] for body in page.all("tbody")] == ["lower", "", "lower", "", ""]
+    # Chance, which only contrast has here.
+    assert [mark["style"] for mark in page.all("s")] == ["left:50.0%"]
+    assert page.all("u")[-1]["style"] == "left:35.0%;width:10.0%"
+
+
+def test_only_the_query_of_another_meaning_has_correct_images():
+    for same, ticks in ((True, 2), (False, 1)):
+        pair = record(query=["0"], paraphrase=["0"], images=["0"], same=same)
+        page = report.pair_html({"model": pair}, 3, {"0": 0}, {})
+        assert page.count(", correct") == ticks
+        assert ("text of another meaning" in page) == (not same)
 
 
 def test_pairs_are_chosen_evenly_and_the_rest_is_counted(tmp_path):
