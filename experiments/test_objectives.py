@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import paraclip
 from common.cli import UserError
-from data import Sample
+from data import BadSample, Sample
 from experiments.dose import Dose, at_dose
 from experiments.geometry import Geometry, GeometryConfig, caption_centroids, geometry_loss
 from experiments.second_caption import SecondCaption
@@ -49,6 +49,16 @@ def test_caption_centroids_against_a_loop(lm):
             tokens = model.tokenize([caption])
             mean += F.normalize(model.text_tower.lm_states(tokens)[0].mean(0), dim=-1).detach()
         assert torch.allclose(centroids[number], mean / mean.norm(), atol=1e-5)
+
+
+def test_a_sample_that_cannot_be_read_gets_no_wrong_target(lm):
+    class Index(list):
+        def captions(self, number):
+            raise BadSample("unreadable shard")
+
+    model = build(lm)
+    with pytest.raises(UserError, match="sample 0 gets no target: unreadable shard"):
+        caption_centroids(model, Index([0]), model.tokenize)
 
 
 def test_loss_of_two_captions_matches_plain_sums():
