@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.cli import UserError, check_ranges, flag, note, parse_config, run
+from common.cli import UserError, flag, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
 from common.records import fix_surrogates
@@ -69,6 +69,7 @@ ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
 # Neighbours are read from disk together, about so many bytes at a time.
 BLOCK_BYTES = 4 << 20
 MAX_AGE = 7 * 24 * 3600  # seconds that a set's former index is kept
+UNREADABLE = "unreadable shard"  # a fault that may pass
 
 
 class ShardIndex:
@@ -94,6 +95,7 @@ class ShardIndex:
         self.versions = [stat and version_of(stat) for stat in stats]
         # ctime, unlike mtime, tells every change of a file.
         ctimes = [stat.st_ctime_ns for stat in stats if stat]
+        # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
         if not folder.exists():
@@ -165,10 +167,12 @@ def hash_of(value) -> str:
 
 
 def build_index(shards: list[str], caption_keys: list[str], folder: Path, workers: int) -> Path:
-    """Indexes the shards into `folder`, and returns the folder where the index lies."""
+    """Indexes the shards into `folder`, and returns the folder where the index lies: another one if
+    a shard could not be read."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     facts = {"skipped": Counter(), "examples": {}, "extensions": Counter(), "fields": set()}
     fingerprint = hashlib.sha256()
+    # With batch_size=None, collate_fn gets each item by itself: workers index a shard at a time.
     results = make_loader(list(enumerate(shards)), workers, batch_size=None,
                           collate_fn=functools.partial(index_shard, caption_keys=caption_keys))
     with atomic_write(unfinished / "rows") as file:
@@ -176,20 +180,21 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
                 results, "indexing shards", disable=None, leave=False):
             file.write(rows)
             fingerprint.update(rows + captions_crc32.to_bytes(4, "big"))
+            # A Counter's update() adds.
             for name, collected in facts.items():
                 collected.update(shard_facts[name])
     facts |= {"fingerprint": fingerprint.hexdigest(), "fields": sorted(facts["fields"]),
               "extensions": dict(facts["extensions"].most_common(20))}
     with atomic_write(unfinished / "facts.json") as file:
         file.write(json.dumps(facts).encode())
-    # What a disk cannot read now it may read the next time, so this index is not kept for others.
-    if "unreadable shard" in facts["skipped"]:
-        return unfinished
-    # Former indexes, and what killed processes left, are removed once they are old. Where nodes
-    # share this folder and each has a copy of the shards, another node may be using a newer one.
+    # Former indexes, and what killed processes left, are removed once they are old: where nodes
+    # share this folder and not the shards, another node may be using its own index.
     for former in folder.parent.iterdir():
         if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
+    # What a disk cannot read now it may read the next time, so this index is not kept for others.
+    if UNREADABLE in facts["skipped"]:
+        return unfinished
     return unfinished.rename(folder)
 
 
@@ -221,7 +226,7 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
     It is the rank-th slice of every global batch. What remains at an epoch's end and fills no
     global batch is dropped.
     """
-    # Of several machines each reads a part of every block only.
+    # Of several machines each reads a part of every block only: the whole would be too much.
     one_machine = world_size == int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     steps_per_epoch = len(index) // batch_size
     slice_size = batch_size // world_size
@@ -392,6 +397,7 @@ def kill_workers():
     # torch's handler raises an error for each worker that dies.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
+        # A loader's worker is a daemon. Other children are not ours.
         if process.daemon:
             process.kill()
 
@@ -437,10 +443,7 @@ def find_shards(data: str) -> list[str]:
                 "shards. For CC12M see img2dataset's dataset_examples/cc12m.md, or take Hugging "
                 "Face's pixparse/cc12m-wds")
         shards += tars
-    unique = list(dict.fromkeys(shards))
-    if len(unique) < len(shards):
-        note(f"'{data}' names {len(shards) - len(unique)} of its shards twice; each is read once")
-    return unique
+    return list(dict.fromkeys(shards))
 
 
 def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
@@ -468,7 +471,7 @@ def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
     except FileNotFoundError:
         faults["missing shard"] += 1
     except OSError:
-        faults["unreadable shard"] += 1
+        faults[UNREADABLE] += 1
     except Exception:
         # tarfile raises whatever it meets in a garbled header: ValueError, OverflowError, ...
         faults["broken or truncated shard"] += 1
@@ -538,7 +541,7 @@ def index_shard(numbered_path: tuple[int, str], caption_keys: list[str]):
         file = open_shard(path) if members else None
     except OSError:
         members = []
-        skipped["unreadable shard"] += 1
+        skipped[UNREADABLE] += 1
     examples = dict.fromkeys(skipped, os.path.basename(path))
     for key, sample in group_members(members):
         try:
@@ -566,12 +569,13 @@ def place_of(sample: dict, kinds, absent: str) -> tuple[int, int]:
 
 
 def find_captions(file, sample: dict, caption_keys: list[str], fields: set) -> tuple:
-    """(captions, offset, bytes, is_json) of a sample's captions. Adds to `fields` those of its
-    KEY.json, if it is read. Raises BadSample."""
+    """(captions, offset, bytes, is_json) of a sample's captions. Adds to `fields` those of the
+    record that is read, see read_record(). Raises BadSample."""
     fault = BadSample("no caption")
     for kind in ["json"] if caption_keys else ["txt", "json"]:
         if kind in sample:
             try:
+                # It is there: this only raises the fault that may stand in its place.
                 offset, size = place_of(sample, [kind], "")
                 record = read_record(read_from(file, offset, size), kind == "json")
                 fields.update(record)
@@ -600,20 +604,20 @@ def read_range(path: str, offset: int, size: int, version: tuple | None = None) 
         file = open_shard(path)
         changed = version and version_of(os.fstat(file.fileno())) != version
     except OSError:
-        raise BadSample("unreadable shard") from None
+        raise BadSample(UNREADABLE) from None
     if changed:
         raise BadSample("shard changed since it was indexed")
     return read_from(file, offset, size)
 
 
 def read_from(file, offset: int, size: int) -> bytes:
-    """The same of an open file."""
+    """`size` bytes of an open file from `offset` on. Raises BadSample."""
     try:
         content = os.pread(file.fileno(), size, offset)
     except OSError:
-        raise BadSample("unreadable shard") from None
+        raise BadSample(UNREADABLE) from None
     if len(content) < size:
-        raise BadSample("unreadable shard")
+        raise BadSample(UNREADABLE)
     return content
 
 
@@ -621,7 +625,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
     """The fields of a KEY.json. A KEY.txt is read as the field "caption". Raises BadSample."""
     text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
     if not is_json:
-        # So img2dataset writes a list.
+        # img2dataset writes a list of captions this way.
         is_list = text.startswith(("['", '["')) and text.rstrip().endswith(("']", '"]'))
         if is_list or text == "[]":
             raise BadSample("a list in Python's notation in .txt, see --caption-key")
@@ -662,9 +666,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel."""
+    """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel. Raises
+    BadSample."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
+    if image.mode == "F":
+        raise BadSample("floating-point image, whose range is not known")
+    if image.mode.startswith("I"):
         # 16-bit grey, which convert() would clip.
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:
@@ -737,6 +744,9 @@ class InspectConfig:
     workers: int = flag(1, "processes that read and decode", low=0)
 
 
+MOST_DECODED = 50_000  # samples
+
+
 class Look(NamedTuple):
     fault: str  # why the sample cannot be trained on, or ""
     format: str = ""  # of the image
@@ -771,10 +781,9 @@ def describe(looks: list[Look]) -> str:
 
 def main(argv=None):
     cfg = parse_config(InspectConfig, argv)
-    check_ranges(cfg)
     index = ShardIndex(cfg.data, cfg.workers, cfg.caption_key)
-    # At most 50,000 samples, from all over the set.
-    samples = list(itertools.islice(epoch_order(len(index), 128, seed=0, epoch=0), 50_000))
+    # Of a large set a part is decoded, from all over it: the faults of others stay unknown.
+    samples = list(itertools.islice(epoch_order(len(index), 128, seed=0, epoch=0), MOST_DECODED))
     began = time.perf_counter()
     loader = make_loader(samples, cfg.workers, batch_size=64,
                          collate_fn=functools.partial(look_at, index=index))
@@ -789,14 +798,15 @@ def main(argv=None):
             examples[look.fault] = f"byte {row['image']} of {index.shards[row['shard']]}"
     good = [look for look in looks if not look.fault]
     usable = len(index) - len(looks) + len(good)
-    print(f"{usable:,} samples in {len(index.shards):,} shards")
+    print(f"{usable:,} samples in {len(index.shards):,} shards; {len(looks):,} were decoded")
     print(f"index: {index.table.stat().st_size / 1e6:,.1f} MB in {index.table.parent}")
     if good:
         print(describe(good))
     for reason, count in skipped.most_common():
         print(f"left out: {count:,} x {reason}, such as {examples[reason]}")
-    print(json.dumps({"shards": len(index.shards), "samples": usable, "skipped": skipped,
-                      "keys": index.extensions, "images_per_s": round(len(looks) / seconds, 1)}))
+    print(json.dumps({"shards": len(index.shards), "samples": usable, "decoded": len(looks),
+                      "skipped": skipped, "keys": index.extensions,
+                      "images_per_s": round(len(looks) / seconds, 1)}))
 
 
 if __name__ == "__main__":

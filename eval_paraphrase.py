@@ -56,7 +56,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from common.cli import UserError, check_ranges, expecting, flag, parse_config, run
+from common.cli import UserError, expecting, flag, note, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
 from common.records import (checked_text, checked_texts, fix_surrogates, read_captions, read_lines,
@@ -81,7 +81,8 @@ class EvalConfig:
     sts: str = flag("", "a file with sentence1, sentence2, score")
     zeroshot: str = flag("", "a folder per class, cifar10:ROOT, cifar100:ROOT, imagenet:ROOT, or a "
                              "JSON file of classnames and labels of --images")
-    benchmark: str = flag("", "its name in $PARACLIP_DATA, or its absolute path (default: emoji)")
+    benchmark: str = flag("", "a benchmark's name in $PARACLIP_DATA, or its absolute path "
+                              "(default: emoji)")
     split: str = flag("test", "val is for choosing, test for reports", choices=("test", "val"))
     # How it is measured.
     images: str = flag("", "folder of images to search in, or shards as for paraclip.py --data")
@@ -90,7 +91,7 @@ class EvalConfig:
     k: int = flag(10, "length of the compared lists", low=1)
     seed: int = flag(0, "seed of the bootstrap and of the unrelated pairs", low=0)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where the towers run")
-    precision: str = flag("fp32", "of the towers", choices=("fp32", "bf16"))
+    precision: str = flag("fp32", "number format of the towers", choices=("fp32", "bf16"))
     batch_size: int = flag(64, "images or texts at once", low=1)
     workers: int = flag(min(8, usable_cores()), "processes that decode images", low=0)
     # What is written.
@@ -106,7 +107,6 @@ class EvalConfig:
 def check_flags(cfg: EvalConfig):
     """Raises UserError for flags that contradict each other, and for outputs that cannot be
     written or would overwrite an input: now rather than after an hour of measuring."""
-    check_ranges(cfg)
     if bool(cfg.query) != bool(cfg.paraphrase):
         raise UserError("--query and --paraphrase belong together")
     if cfg.query and cfg.pairs:
@@ -360,7 +360,7 @@ class HuggingFaceCLIP(torch.nn.Module):
         if is_blip_retrieval:
             model_class = transformers.BlipForImageTextRetrieval
         if config.model_type == "aimv2":
-            # Its other implementation of attention loses the causal mask (transformers 5.24).
+            # Its default implementation of attention loses the causal mask (transformers 5.24).
             options["attn_implementation"] = "eager"
         self.model, loading = model_class.from_pretrained(
             name, output_loading_info=True, trust_remote_code=False, **options)
@@ -382,11 +382,11 @@ class HuggingFaceCLIP(torch.nn.Module):
         self.tokenizer = processor.tokenizer
         text_config = getattr(config, "text_config", config)
         if max(self.tokenizer.get_vocab().values()) >= getattr(text_config, "vocab_size", math.inf):
-            raise ValueError("its tokenizer has ids beyond its text tower's "
+            raise ValueError("its tokenizer has ids beyond its text tower's vocabulary of "
                              f"{text_config.vocab_size}")
         positions = getattr(text_config, "max_position_embeddings", math.inf)
         for module_name, module in self.model.named_modules():
-            # RoBERTa and its kind count positions from padding_idx + 1; padding_idx may be 0.
+            # RoBERTa and its kind count positions from padding_idx + 1. It may be 0.
             padding = getattr(module, "padding_idx", None)
             if module_name.endswith("position_embeddings") and padding is not None:
                 positions = module.num_embeddings - padding - 1
@@ -450,47 +450,51 @@ class Vectors:
             with np.load(path, allow_pickle=False) as file:
                 names, texts = file["names"], file["texts"]
                 images, text_features = file["images"], file["text_features"]
-            width = images.shape[1]
             for keys, features in ((names, images), (texts, text_features)):
                 if (keys.dtype.kind, features.dtype.kind) != ("U", "f") or not len(keys):
                     raise ValueError(f"there are {keys.dtype} and {features.dtype}")
-                if keys.ndim != 1 or features.shape != (len(keys), width):
+                if keys.ndim != 1 or features.shape != (len(keys), images.shape[1]):
                     raise ValueError(f"the shapes are {keys.shape} and {features.shape}")
             self.images = features_by_key(names, images)
             self.texts = features_by_key(texts, text_features)
 
     def encode_text(self, texts):
-        return self.look_up(texts, self.texts, "texts")
+        return np.stack(look_up(self.path, self.texts, texts, "vectors", "texts"))
 
     def encode_gallery(self, gallery) -> tuple[list[str], np.ndarray]:
-        """(names, features) of the images, but for those that have no vector and no model could
-        read either."""
-        # Exact names win: 1.jpg must not take the place of sub/1.jpg.
+        """(names, features) of the images, except those without a vector that cannot be read."""
+        # Exact names win: 1.jpg must not take the place of sub/1.jpg. Vectors of other images, all
+        # of them under None here, are not used.
         known = {gallery.find(name): features for name, features in self.images.items()}
         known |= self.images
         failed = []
         for name, read in gallery.images.items():
             if name not in known:
+                # Opened only to see whether it can be.
                 _, _, faults = collate_images([(name, read)], lambda image: 0)
-                # It can be read, so a vector of it is missing: look_up() complains.
+                # It can, so that a vector of it is missing: look_up() complains.
                 if not faults:
                     break
                 failed += faults
         unreadable = note_skipped(gallery, failed)
         names = [name for name in gallery.names if name not in unreadable]
-        return names, self.look_up(names, known, "images")
+        return names, np.stack(look_up(self.path, known, names, "vectors", "images"))
 
-    def look_up(self, keys, features, what):
-        missing = [key for key in keys if key not in features]
-        if missing:
-            raise UserError(f"{self.path}: no vectors for {len(missing)} of {len(keys)} {what}, "
-                            f"such as {missing[0]!r}")
-        return np.stack([features[key] for key in keys])
+
+def look_up(path: str, found: dict, keys: list[str], kind: str, what: str) -> list:
+    """found[key] of all keys. Raises UserError if one is missing: it must not count as a miss, for
+    which the file would get a score for another question than the models."""
+    missing = [key for key in keys if key not in found]
+    if missing:
+        raise UserError(f"{path}: no {kind} for {len(missing)} of {len(keys)} {what}, such as "
+                        f"{missing[0]!r}")
+    return [found[key] for key in keys]
 
 
 def features_by_key(keys, features) -> dict[str, np.ndarray]:
     found = {}
-    for key, row in zip(keys.tolist(), features.astype(np.float32)):
+    # Without white space around them, as the texts of other files.
+    for key, row in zip(map(str.strip, keys.tolist()), features.astype(np.float32)):
         if not np.array_equal(found.setdefault(key, row), row):
             raise ValueError(f"{key!r} has two different vectors")
     return found
@@ -507,24 +511,17 @@ class RankedLists:
 
         Raises UserError if K < k, or if a list does not fit the texts and the gallery.
         """
-        # A text without a list, or a name that is not in the gallery, must not count as a miss:
-        # the engine would get a score for another question than the models.
-        missing = [text for text in texts if text not in self.lists]
-        if missing:
-            raise UserError(f"{self.path}: no list for {len(missing)} of {len(texts)} texts, such "
-                            f"as {missing[0]!r}")
-        shortest = min(texts, key=lambda text: len(self.lists[text]))
-        length = min(depth, len(self.lists[shortest]))
-        if length < k:
-            raise UserError(f"{self.path}: expected at least {k} images in every list, but that of "
-                            f"{shortest!r} has {length}")
+        lists = look_up(self.path, self.lists, texts, "list", "texts")
+        length = min(depth, *map(len, lists))
         ranked = []
-        for text in texts:
-            names = self.lists[text][:length]
-            rows = [images.row(name) for name in names]
+        for text, names in zip(texts, lists):
+            if len(names) < k:
+                raise UserError(f"{self.path}: expected at least {k} images in every list, but "
+                                f"that of {text!r} has {len(names)}")
+            rows = [images.row(name) for name in names[:length]]
             if None in rows or len(set(rows)) < length:
-                raise UserError(f"{self.path}: expected different images, all of the gallery, in "
-                                f"the list of {text!r}: {names}")
+                raise UserError(f"{self.path}: expected images of the gallery, none of them twice, "
+                                f"in the list of {text!r}: {names[:length]}")
             ranked.append(rows)
         return np.array(ranked)
 
@@ -557,6 +554,7 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
         # It chooses its own precision, so the wider tolerance.
         check_model(name, model, with_images, TOLERANCES["bf16"])
         return model
+    # torch.save writes zip files.
     if zipfile.is_zipfile(name) or Path(name, "model.pt").is_file():
         model = load_model(name, cfg.device, cfg.precision)
         check_model(name, model, with_images, TOLERANCES[cfg.precision])
@@ -598,8 +596,9 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
     texts = ["a dog", "a cat", "a red car on the left of a dog"]
     text_features = encode(model.encode_text, texts, len(texts), name)
     if torch.equal(text_features[0], text_features[1]):
-        raise UserError(f"{name}: it takes 'a dog' and 'a cat' for the same: is its tokenizer "
-                        "there?")
+        raise UserError(f"{name}: it gives 'a dog' and 'a cat' the same features: is its tokenizer "
+                        "missing?")
+    # Beside a longer text, and beside one of the same length.
     compared = [("text", text_features[0], encode(model.encode_text, texts[:1], 1, name)),
                 ("text", text_features[0], encode(model.encode_text, texts[:2], 2, name))]
     if with_images:
@@ -733,7 +732,7 @@ def list_gallery(source: str) -> Gallery:
             else:
                 from_shards[key] = functools.partial(read_range, str(shard), offset, size)
     if skipped:
-        print(f"{source}: left out of the gallery: {dict(skipped)}", file=sys.stderr)
+        note(f"{source}: left out of the gallery: {dict(skipped)}")
 
     files, visited = {}, set()
     for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -827,7 +826,7 @@ def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]) -> set[str]:
     """Says which images are skipped, and returns their names. failed: [(name, reason)]."""
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed[:20])
-        print(f"skipped {len(failed)} of {len(gallery.names)} images: {reasons}", file=sys.stderr)
+        note(f"skipped {len(failed)} of {len(gallery.names)} images: {reasons}")
     return {name for name, _ in failed}
 
 
@@ -836,7 +835,7 @@ def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]) -> set[str]:
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
-# The last six are what --details writes besides.
+# The last six, which --details also writes, are not used: named so that no note is printed of them.
 LIST_FIELDS = {name: [name] for name in (
     "text", "ranking", "query", "query_ranking", "paraphrase", "paraphrase_ranking",
     "model", "kind", "same", "ao", "js", "images")}
@@ -919,8 +918,8 @@ def read_sts(path) -> list[tuple[str, str, float]]:
             score = float(record["score"])
             if not math.isfinite(score):
                 raise ValueError(f"the score is {score}")
-            rows.append((checked_text(record["sentence1"]).strip(),
-                         checked_text(record["sentence2"]).strip(), score))
+            rows.append((checked_text(record["sentence1"]), checked_text(record["sentence2"]),
+                         score))
     return rows
 
 
@@ -1035,14 +1034,14 @@ class Scores(NamedTuple):
 
 class Task:
     """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and in
-    SEARCHING if it searches --images, and give EvalConfig the flag.
+    NEED_IMAGES if it needs --images, and give EvalConfig the flag.
 
     A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
-    and has measure(model, images, cfg), which returns {name: Scores, a number or a text}. A name is
-    a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
+    and has measure(model, encoded, cfg), which returns {name: Scores, a number or a text}. A name
+    is a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
     """
     # The images that it is measured on, which it may replace by its own; measure() gets their
-    # features as `images`, an EncodedGallery.
+    # features as `encoded`, an EncodedGallery.
     gallery: Gallery | None = None
     # The images of --images that its files name.
     names: set[str] = set()
@@ -1179,22 +1178,22 @@ class Pairs(Task):
         self.same = np.array([pair.same for pair in self.pairs])
         self.groups = group_numbers(self.pairs)
 
-    def measure(self, model, images, cfg):
-        self.k = min(cfg.k, len(images.names))
-        depth = min(max(cfg.k, *RECALL_AT), len(images.names))
+    def measure(self, model, encoded, cfg):
+        self.k = min(cfg.k, len(encoded.names))
+        depth = min(max(cfg.k, *RECALL_AT), len(encoded.names))
         queries = [pair.query for pair in self.pairs]
         paraphrases = [pair.paraphrase for pair in self.pairs]
         features, cutoffs = None, RECALL_AT
         if isinstance(model, RankedLists):
-            ranked = model.search(queries + paraphrases, images, self.k, depth)
+            ranked = model.search(queries + paraphrases, encoded, self.k, depth)
             # A shorter list does not tell recall at k.
             cutoffs = [k for k in RECALL_AT if k <= ranked.shape[1]]
         else:
             features = embed_texts(model, queries + paraphrases, cfg)
-            ranked = rankings(features, images.features, depth).numpy()
+            ranked = rankings(features, encoded.features, depth).numpy()
             features = features.view(2, len(self.pairs), -1)
         ranked = ranked.reshape(2, len(self.pairs), -1)
-        correct = [[images.rows[name] for name in pair.images if name in images.rows]
+        correct = [[encoded.rows[name] for name in pair.images if name in encoded.rows]
                    for pair in self.pairs]
         # Pairs that change the meaning do not count in recall.
         correct_if_same = [rows if pair.same else [] for rows, pair in zip(correct, self.pairs)]
@@ -1211,14 +1210,14 @@ class Pairs(Task):
                 values[key, f"t2i@{k}"] = recall_at_k(ranked[side], correct_if_same, k)
 
         results = {("split",): cfg.split} if cfg.benchmark else {}
-        results |= self.slices(values, images)
+        results |= self.slices(values, encoded)
         if self.names:
             known = [i for i, rows in enumerate(correct_if_same) if rows]
             results[("recall_pairs",)] = len(known)
             if features is not None and known:
                 for side, key in enumerate(keys):
                     texts = [(queries, paraphrases)[side][i] for i in known]
-                    found = image_to_text(texts, features[side, known], images.features,
+                    found = image_to_text(texts, features[side, known], encoded.features,
                                           [correct[i] for i in known], self.groups[known])
                     results |= {(key, name): scores for name, scores in found.items()}
 
@@ -1226,9 +1225,9 @@ class Pairs(Task):
         self.details = [{
             "query": pair.query, "paraphrase": pair.paraphrase, "kind": pair.kind,
             "same": pair.same, "ao": float(values[("ao",)][i]), "js": float(values[("js",)][i]),
-            "query_ranking": [images.names[row] for row in ranked[0, i]],
-            "paraphrase_ranking": [images.names[row] for row in ranked[1, i]],
-            "images": [images.names[row] for row in correct[i]],
+            "query_ranking": [encoded.names[row] for row in ranked[0, i]],
+            "paraphrase_ranking": [encoded.names[row] for row in ranked[1, i]],
+            "images": [encoded.names[row] for row in correct[i]],
         } for i, pair in enumerate(self.pairs)]
         return results
 
@@ -1243,15 +1242,16 @@ class Pairs(Task):
             values[(f"{name}_random",)][queries] = value
         return values
 
-    def slices(self, values: dict, images) -> dict:
+    def slices(self, values: dict, encoded) -> dict:
         """The results of each subset of the pairs."""
         results = {}
         ao = values[("ao",)]
         compared = comparisons(self.pairs)
         contrasts = contrast(*ao[compared.T])
         for keys, chosen in self.subsets.items():
+            # Here, and not before the loop, since the table has its rows in this order.
             if keys == ():
-                results |= {("k",): self.k, ("gallery",): len(images.names)}
+                results |= {("k",): self.k, ("gallery",): len(encoded.names)}
             shown = chosen if keys[:1] == ("changed",) else chosen[self.same[chosen]]
             results[(*keys, "pairs")] = len(shown)
             results[(*keys, "groups")] = len(set(self.groups[shown]))
@@ -1259,7 +1259,7 @@ class Pairs(Task):
                 measured = shown[~np.isnan(value[shown])]
                 if len(measured):
                     results[(*keys, *name)] = Scores(value[measured], self.groups[measured])
-            # A comparison belongs to the subsets of its changed pair.
+            # A comparison belongs to the subsets of its changed pair, which it says something of.
             inside = np.isin(compared[:, 1], chosen)
             if inside.any():
                 results[(*keys, "contrast_pairs")] = int(inside.sum())
@@ -1277,11 +1277,11 @@ class Captions(Task):
         self.gallery, self.captions = gallery, read_captions_of_images(cfg.captions, cfg.split)
         self.names = set(self.captions)
 
-    def measure(self, model, images, cfg):
+    def measure(self, model, encoded, cfg):
         captions = {}
         for name, texts in self.captions.items():
-            if images.row(name) is not None:
-                captions.setdefault(images.row(name), []).extend(texts)
+            if encoded.row(name) is not None:
+                captions.setdefault(encoded.row(name), []).extend(texts)
         if not captions:
             raise UserError(f"{cfg.captions}: none of its images is there and readable")
         # In the gallery's order, so that ties are broken as in the other tasks. Images without
@@ -1290,8 +1290,8 @@ class Captions(Task):
         texts = [text for row in rows for text in captions[row]]
         correct = [[i] for i, row in enumerate(rows) for _ in captions[row]]
         groups = np.array(correct)[:, 0]
-        text_features, image_features = embed_texts(model, texts, cfg), images.features[rows]
-        ranked = rankings(text_features, image_features, max(RECALL_AT)).numpy()
+        text_features, image_features = embed_texts(model, texts, cfg), encoded.features[rows]
+        ranked = rankings(text_features, image_features, max(RECALL_AT))
         results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
                    ("captions", "missing"): len(self.captions) - len(rows)}
         for k in RECALL_AT:
@@ -1319,7 +1319,7 @@ class Triplets(Task):
         triplets = itertools.chain(*self.files.values())
         self.names = {name for triplet in triplets for name in triplet.images}
 
-    def measure(self, model, images, cfg):
+    def measure(self, model, encoded, cfg):
         results = {}
         for file, triplets in self.files.items():
             texts = [getattr(triplet, field) for field in ("query", "paraphrase", "negative")
@@ -1330,14 +1330,11 @@ class Triplets(Task):
             groups = group_numbers(triplets)
             results["triplets", file, "n"] = len(triplets)
             results["triplets", file, "text_only"] = Scores(text_only.astype(float), groups)
-            known, rows = [], []
-            for i, triplet in enumerate(triplets):
-                there = [images.row(name) for name in triplet.images] if images else []
-                if there and there[0] is not None:
-                    known.append(i)
-                    rows.append(there[0])
+            rows = [encoded.row(triplet.images[0]) if encoded and triplet.images else None
+                    for triplet in triplets]
+            known = [i for i, row in enumerate(rows) if row is not None]
             if known:
-                image = images.features[rows]
+                image = encoded.features[[rows[i] for i in known]]
                 image_n = similarity(image, negative[known])
                 image_text = ((similarity(image, p1[known]) > image_n)
                               & (similarity(image, p2[known]) > image_n))
@@ -1353,7 +1350,7 @@ class STS(Task):
     def __init__(self, cfg, gallery):
         self.rows = read_sts(cfg.sts)
 
-    def measure(self, model, images, cfg):
+    def measure(self, model, encoded, cfg):
         sentences1, sentences2, scores = zip(*self.rows)
         a, b = embed_texts(model, [*sentences1, *sentences2], cfg).chunk(2)
         correlation = spearman(similarity(a, b), scores)
@@ -1387,9 +1384,8 @@ class ZeroShot(Task):
         uses = Counter(name.lower() for name in self.classnames)
         repeated = [name for name in self.classnames if uses[name.lower()] > 1]
         if repeated:
-            print(f"note: {names_from}: {len(repeated)} classes share a name, such as "
-                  f"{repeated[0]!r}: images of all but the first with that name count as wrong",
-                  file=sys.stderr)
+            note(f"{names_from}: {len(repeated)} classes share a name, such as {repeated[0]!r}: "
+                 "images of all but the first with that name count as wrong")
         self.templates, templates_from = TEMPLATES, "eval_paraphrase.py"
         if cfg.templates or Path(cfg.zeroshot, PROMPTS).is_file():
             templates_from = cfg.templates or PROMPTS
@@ -1397,8 +1393,8 @@ class ZeroShot(Task):
         self.sources = {("zeroshot", "classnames"): f"from {names_from}",
                         ("zeroshot", "templates"): f"{len(self.templates)} from {templates_from}"}
 
-    def measure(self, model, images, cfg):
-        known = [name for name in self.labels if images.row(name) is not None]
+    def measure(self, model, encoded, cfg):
+        known = [name for name in self.labels if encoded.row(name) is not None]
         if not known:
             raise UserError(f"{cfg.zeroshot}: none of its images is there and readable")
         prompts = [template.replace("{}", name) for name in self.classnames
@@ -1406,7 +1402,8 @@ class ZeroShot(Task):
         # Each prompt is normalised before the mean, so that none weighs more by its length.
         features = normalize(embed_texts(model, prompts, cfg), dim=-1)
         class_features = features.view(len(self.classnames), len(self.templates), -1).mean(1)
-        ranked = rankings(images.features[[images.row(name) for name in known]], class_features, 5)
+        rows = [encoded.row(name) for name in known]
+        ranked = rankings(encoded.features[rows], class_features, 5)
         correct, groups = [[self.labels[name]] for name in known], np.arange(len(known))
         results = {("zeroshot", "classes"): len(self.classnames), **self.sources,
                    ("zeroshot", "images"): len(known),
@@ -1420,8 +1417,8 @@ class ZeroShot(Task):
 # By their flags.
 TASKS = {"pairs": Pairs, "query": Pairs, "captions": Captions, "triplets": Triplets, "sts": STS,
          "zeroshot": ZeroShot}
-# What searches the images of --images.
-SEARCHING = ("pairs", "query", "captions")
+# What cannot do without --images.
+NEED_IMAGES = ("pairs", "query", "captions")
 
 
 # ---- what to measure on --------------------------------------------------------------------------
@@ -1452,8 +1449,8 @@ def choose_benchmark(cfg: EvalConfig):
     if given:
         return
     if cfg.images:
-        raise UserError(f"--images needs what to search for: one of --{', --'.join(SEARCHING)}, or "
-                        "--zeroshot FILE.json")
+        raise UserError("--images says where to search; say what for, with one of --"
+                        f"{', --'.join(NEED_IMAGES)}, or --zeroshot FILE.json")
     cfg.benchmark = cfg.benchmark or "emoji"
     if cfg.benchmark == "emoji":
         # Imported here: only this benchmark needs what draws it.
@@ -1472,9 +1469,9 @@ def choose_benchmark(cfg: EvalConfig):
 def choose_tasks(cfg: EvalConfig) -> dict[str, Task]:
     """{flag: what it measures}; pairs are searched in all images, and without pairs only the images
     that files name are encoded. Raises UserError."""
-    for name in (*SEARCHING, "zeroshot"):
+    for name in (*NEED_IMAGES, "zeroshot"):
         value = getattr(cfg, name)
-        if value and not cfg.images and (name in SEARCHING or value.endswith(".json")):
+        if value and not cfg.images and (name in NEED_IMAGES or value.endswith(".json")):
             raise UserError(f"--{name} needs --images DIR to search in")
     gallery = list_gallery(cfg.images) if cfg.images else None
     tasks = {name: task(cfg, gallery) for name, task in TASKS.items() if getattr(cfg, name)}
@@ -1484,8 +1481,8 @@ def choose_tasks(cfg: EvalConfig) -> dict[str, Task]:
     named = set().union(*[task.names for task in tasks.values()])
     missing = sorted(name for name in named if gallery and gallery.find(name) is None)
     if missing:
-        print(f"note: {cfg.images}: {len(missing)} of {len(named)} named images are not there, or "
-              f"several have the name, such as {missing[0]}", file=sys.stderr)
+        note(f"{cfg.images}: {len(missing)} of {len(named)} named images are missing or ambiguous, "
+             f"such as {missing[0]}")
     if gallery and not has_pairs:
         # 500 labelled images of a folder of 100,000 are no reason to encode all of them.
         part = gallery.only(named) if named else None
@@ -1651,8 +1648,7 @@ def measure_model(name: str, model, tasks: dict[str, Task], cfg: EvalConfig):
     results, details = {}, []
     for flag_name, task in tasks.items():
         if isinstance(model, RankedLists) and not isinstance(task, Pairs):
-            print(f"note: {name}: --{flag_name} is left out, since ranked lists have no features",
-                  file=sys.stderr)
+            note(f"{name}: --{flag_name} is left out, since ranked lists have no features")
             continue
         if task.gallery not in images:
             images[task.gallery] = embed_images(model, task.gallery, cfg)
@@ -1723,8 +1719,8 @@ def main(argv=None):
             continue
         base, base_names, _ = measured[baseline]
         if any(base_names.get(gallery, names) != names for gallery, names in image_names.items()):
-            print(f"note: {label} and {baseline} have different images of the gallery, so their "
-                  "difference is left out", file=sys.stderr)
+            note(f"{label} and {baseline} have different images of the gallery, so their "
+                 "difference is left out")
         elif found := differences(results, base, cfg.seed):
             reports[-1]["diff"] = to_json(found)
             columns.append(Column(f"minus {baseline}", found, is_difference=True))
@@ -1742,12 +1738,12 @@ def main(argv=None):
         pairs = tasks.get("pairs", tasks.get("query"))
         if cfg.figure:
             from demo.figure import draw_pairs
-            draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details, pairs.k,
-                       open_image)
+            draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details,
+                       reports[0]["k"], open_image)
         if cfg.report:
             from demo.report import write_report
             write_report(cfg.report, [column.header for column in columns], table_of(columns),
-                         reports, pairs.gallery.images, details, pairs.k, open_image,
+                         reports, pairs.gallery.images, details, reports[0]["k"], open_image,
                          cfg.report_pairs)
     if failures:
         raise UserError("; ".join(failures))

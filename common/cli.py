@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def expecting(what, form: str):
-    """Makes one line for the user of whatever a file or model of another form raises."""
+    """Turns whatever a file or model of another form raises into one line for the user."""
     try:
         yield
     except Exception as error:
@@ -41,7 +41,7 @@ def note(text: str):
 def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positional=False):
     """A field of a dataclass that is also a command-line flag, whose type is that of the default.
 
-    A number must be within low .. high; "" stands for "not given" and passes beside the choices.
+    A number must be within low .. high; "" means "not given" and is always valid.
     """
     rules = dict(default=default, help=help, choices=choices, low=low, high=high,
                  positional=positional)
@@ -98,7 +98,9 @@ def parse_config(cls, argv=None, recipes={}):
         parser.add_argument(name, **options)
     given = vars(parser.parse_args(argv))
     recipe = recipes.get(given.get("recipe") or given.get("data"), {})
-    return cls(**{**recipe, **given})
+    cfg = cls(**{**recipe, **given})
+    check_ranges(cfg)
+    return cfg
 
 
 # torch raises these as RuntimeErrors. {what their text contains: what is printed, "" for the text}

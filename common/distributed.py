@@ -63,7 +63,8 @@ def all_gather_object(value) -> list:
 
 
 def mean_over_ranks(*values) -> list[float]:
-    """The mean of each value over the ranks. All of them leave the GPU in one transfer."""
+    """The mean of each value over the ranks. All of them leave the GPU in one transfer. The first
+    is a tensor, on the device where the means are computed."""
     _, world_size = rank_and_world_size()
     means = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=values[0].device)
                          for value in values]) / world_size

@@ -106,9 +106,10 @@ def fix_surrogates(text: str) -> str:
 
 
 def checked_text(value) -> str:
+    """The text without white space around it."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is no text")
-    return fix_surrogates(value)
+    return fix_surrogates(value.strip())
 
 
 def checked_texts(value) -> list[str]:
@@ -137,6 +138,7 @@ def read_captions(path, split: str = "") -> list[tuple[str, str | None]]:
     captions = []
     for place, record in records:
         if split and record.get("split", split) != split:
+            note(f"{path}: only the captions of the split {split} are read")
             continue
         with expecting(place, "a caption or several, and, where known, its image"):
             # Flickr's lines number the captions of an image: 1.jpg#0.

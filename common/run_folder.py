@@ -50,7 +50,8 @@ def open_run_folder(path, steps: int, config: dict, may_change=(), may_differ=()
 
 
 def claim(path: Path, config: dict):
-    """Locks a run folder, which is made if there is none. Returns what releases it after `with`."""
+    """Locks a run folder, which is made if there is none. Returns a context manager that releases
+    it."""
     path.mkdir(parents=True, exist_ok=True)
     # The lock, and the temporary files that a killed write leaves behind, do not count.
     files = [file for file in path.glob("[!.]*") if file.name != "run.lock"]
@@ -69,7 +70,7 @@ def claim(path: Path, config: dict):
 
 
 def differences(before: dict, after: dict, ignored) -> str:
-    """The values of `after` that are others than before, "lr 0.1 -> 0.2, ..."; "" if none is."""
+    """The values of `after` that differ from those before, "lr 0.1 -> 0.2, ..."; "" if none do."""
     return ", ".join(f"{name} {before.get(name)!r} -> {value!r}" for name, value in after.items()
                      if name not in ignored and before.get(name) != value)
 
@@ -84,14 +85,12 @@ class RunFolder:
     def __init__(self, path: Path, steps: int, config: dict):
         self.path, self.steps, self.config = path, steps, config
         self.rank, _ = rank_and_world_size()
-        self.checkpoint = None
-        self.step, self.seconds, self.log_bytes, self.replaced_before = 0, 0.0, 0, Counter()
+        self.checkpoint, saved = None, {"step": 0, "seconds": 0.0, "log_bytes": 0, "replaced": {}}
         if (path / "model.pt").exists():
-            self.checkpoint = read_checkpoint(path, ["config", "step", "seconds", "log_bytes",
-                                                     "replaced"])
-            self.step, self.seconds = self.checkpoint["step"], self.checkpoint["seconds"]
-            self.log_bytes = self.checkpoint["log_bytes"]
-            self.replaced_before.update(self.checkpoint["replaced"])
+            keys = ["model", "lm", "optimizers", "config", *saved]
+            saved = self.checkpoint = read_checkpoint(path, keys)
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.log_bytes, self.replaced_before = saved["log_bytes"], Counter(saved["replaced"])
 
     def start(self):
         """Writes config.json and starts the clock of the training."""

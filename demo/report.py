@@ -220,8 +220,9 @@ def bars_html(reports: dict[str, dict], k: int) -> str:
              ("contrast: how often a pair agrees more than one whose meaning changed", "contrast",
               reports), ("R@10: a right image is among the first ten", "t2i@10", recalls)]
     for title, key, results in rows:
-        # Files and kinds may hold only pairs of one sort.
-        if key not in next(iter(results.values())):
+        # Files and kinds may hold only pairs of one sort, and short lists have no R@10.
+        results = {label: report for label, report in results.items() if key in report}
+        if not results:
             continue
         parts.append(f'<tbody class="{"lower" if title.endswith(changed) else ""}">')
         if len(reports) > 1:

@@ -69,15 +69,13 @@ def columns_of(path, color: str) -> set[int]:
     return set(((pixels[:, 1] - left) // (figure.THUMB + figure.GAP)).tolist())
 
 
-def test_images_in_both_rows_are_framed(tmp_path):
-    draw(tmp_path / "x.png", {"new": [record()]})
-    # Images 0 and 2 are in both: columns 0 and 2 of both rows.
+def test_marks_and_corners(tmp_path):
+    # Images 0 and 2 are in both rows; image 0 cannot be read.
+    draw(tmp_path / "x.png", {"new": [record(images=["1", "3"])]}, IMAGES | {"0": None})
     assert columns_of(tmp_path / "x.png", figure.FRAME) == {0, 2}
-
-
-def test_correct_images_are_checked(tmp_path):
-    draw(tmp_path / "x.png", {"new": [record(images=["1", "3"])]})
     assert columns_of(tmp_path / "x.png", figure.CHECK) == {1}
+    image = Image.open(tmp_path / "x.png")
+    assert image.getpixel((0, 0))[3] == 0 and image.getpixel((99, 99))[3] == 255
 
 
 def test_odd_texts_are_drawn(tmp_path):
@@ -87,18 +85,9 @@ def test_odd_texts_are_drawn(tmp_path):
     assert Image.open(tmp_path / "x.png").width == figure.WIDTH
 
 
-def test_an_unreadable_image_stays_blank(tmp_path):
-    draw(tmp_path / "x.png", {"new": [record()]}, IMAGES | {"0": None})
-    assert columns_of(tmp_path / "x.png", figure.FRAME) == {0, 2}
-
-
 def test_lines_fit_their_width():
     font = ImageFont.load_default(size=20)
     lines = figure.wrap("a hound and " + "W" * 300 + " end", font, 200, 9)
     assert max(font.getlength(line) for line in lines) <= 200 and lines[-1].endswith("end")
 
 
-def test_corners_are_transparent(tmp_path):
-    draw(tmp_path / "x.png", {"new": [record()]})
-    image = Image.open(tmp_path / "x.png")
-    assert image.getpixel((0, 0))[3] == 0 and image.getpixel((99, 99))[3] == 255

@@ -12,19 +12,12 @@ import pytest
 from PIL import Image
 
 from demo import report
+from demo.test_figure import record
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
 MARKUP = '<b>bold</b> "quoted" & </script><i>x</i>'
 IMAGES = {str(i): np.full((300, 200, 3), 50 * i, np.uint8) for i in range(4)}
-
-
-def record(ao=0.5, query=("0", "1", "2"), paraphrase=("2", "3", "0"), images=("1",), text="a dog",
-           kind="", same=True):
-    """A pair as --details writes it."""
-    return {"query": text, "paraphrase": "a hound", "ao": ao, "images": list(images),
-            "kind": kind, "same": same,
-            "query_ranking": list(query), "paraphrase_ranking": list(paraphrase)}
 
 
 def write(path, details: dict, most_pairs=200, images=IMAGES, k=3) -> str:
@@ -113,6 +106,9 @@ def test_bars_show_contrast_recall_and_what_should_be_low():
     # Chance, which only contrast has here.
     assert [mark["style"] for mark in page.all("s")] == ["left:50.0%"]
     assert page.all("u")[-1]["style"] == "left:35.0%;width:10.0%"
+    lists = {name: value for name, value in results.items() if "recall" not in name}
+    two = report.bars_html({"lists": lists, "model": results}, k=10)
+    assert two.count(">lists<") == 4 and two.count(">model<") == 5
 
 
 def test_only_the_query_of_another_meaning_has_correct_images():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, flag, parse_config, run
 from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
 from demo.emoji_scenes import emoji_folder
@@ -83,7 +83,6 @@ class AblationConfig:
     json: str = flag("", "file for the JSON that also ends the output")
 
     def __post_init__(self):
-        check_ranges(self)
         self.rows = self.rows or DEFAULT_ROWS
         self.seeds = self.seeds or ["0", "1", "2"]
         self.out = self.out or f"runs/ablation-{Path(self.data).name}"

@@ -24,7 +24,7 @@ import scipy.stats
 from PIL import Image
 
 import eval_paraphrase
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, flag, parse_config, run
 
 WORDS = "a red blue dog cat on under big small box ball tree".split()
 
@@ -33,9 +33,6 @@ WORDS = "a red blue dog cat on under big small box ball tree".split()
 class BruteForceConfig:
     cases: int = flag(50, "sets of random data", low=1)
     seed: int = flag(0, "seed of the first case", low=0)
-
-    def __post_init__(self):
-        check_ranges(self)
 
 
 def sentence(rng: random.Random) -> str:

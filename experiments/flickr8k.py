@@ -54,7 +54,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from common.cli import UserError, check_ranges, flag, parse_config, run
+from common.cli import UserError, flag, parse_config, run
 from common.files import data_folder
 from demo.emoji_scenes import add_member
 
@@ -308,9 +308,6 @@ class Flickr8kConfig:
     sick: str = flag("SICK.txt", "file of SICK", positional=True)
     sts: list[str] = flag([], "CSV or TSV files whose sentences' images are not trained on")
     out: str = flag("flickr8k", "a folder in $PARACLIP_DATA, or its whole path")
-
-    def __post_init__(self):
-        check_ranges(self)
 
 
 def main(argv=None):
