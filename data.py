@@ -98,12 +98,17 @@ class ShardIndex:
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
+        # For an index that lacks an unreadable shard. The ranks of a run have torchrun as parent;
+        # without a place of their own, each of them would build it in turn.
+        of_run = folder.with_name(f"{folder.name}-{os.getppid()}") if "RANK" in os.environ else None
         if not folder.exists():
             of_this_set.mkdir(exist_ok=True)
             # Of processes that start together one builds the index, and the others wait.
             with FileLock(of_this_set / "lock"):
-                if not folder.exists():
-                    folder = build_index(self.shards, self.caption_keys, folder, workers)
+                if of_run and of_run.exists():
+                    folder = of_run
+                elif not folder.exists():
+                    folder = build_index(self.shards, self.caption_keys, folder, of_run, workers)
         self.table = folder / "rows"
         self.length = os.path.getsize(self.table) // ROW.itemsize
         facts = json.loads((folder / "facts.json").read_text())
@@ -166,9 +171,10 @@ def hash_of(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
 
 
-def build_index(shards: list[str], caption_keys: list[str], folder: Path, workers: int) -> Path:
-    """Indexes the shards into `folder`, and returns the folder where the index lies: another one if
-    a shard could not be read."""
+def build_index(shards: list[str], caption_keys: list[str], folder: Path, of_run: Path | None,
+                workers: int) -> Path:
+    """Indexes the shards, and returns the folder where the index lies: `folder`, or if a shard
+    could not be read `of_run`, or a nameless one."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     facts = {"skipped": Counter(), "examples": {}, "extensions": Counter(), "fields": set()}
     fingerprint = hashlib.sha256()
@@ -192,9 +198,9 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, worker
     for former in folder.parent.iterdir():
         if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
-    # What a disk cannot read now it may read the next time, so this index is not kept for others.
+    # What a disk cannot read now it may read the next time, so such an index is not kept for others.
     if UNREADABLE in facts["skipped"]:
-        return unfinished
+        return unfinished.rename(of_run) if of_run else unfinished
     return unfinished.rename(folder)
 
 

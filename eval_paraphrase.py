@@ -456,7 +456,8 @@ class Vectors:
                 if keys.ndim != 1 or features.shape != (len(keys), images.shape[1]):
                     raise ValueError(f"the shapes are {keys.shape} and {features.shape}")
             self.images = features_by_key(names, images)
-            self.texts = features_by_key(texts, text_features)
+            # Without white space around them, as texts of pairs are.
+            self.texts = features_by_key(np.char.strip(texts), text_features)
 
     def encode_text(self, texts):
         return np.stack(look_up(self.path, self.texts, texts, "vectors", "texts"))
@@ -493,8 +494,7 @@ def look_up(path: str, found: dict, keys: list[str], kind: str, what: str) -> li
 
 def features_by_key(keys, features) -> dict[str, np.ndarray]:
     found = {}
-    # Without white space around them, as the texts of other files.
-    for key, row in zip(map(str.strip, keys.tolist()), features.astype(np.float32)):
+    for key, row in zip(keys.tolist(), features.astype(np.float32)):
         if not np.array_equal(found.setdefault(key, row), row):
             raise ValueError(f"{key!r} has two different vectors")
     return found
@@ -871,7 +871,7 @@ def read_pairs(path) -> list[Pair]:
             if not isinstance(group, str | int | None):
                 raise ValueError(f"the group is {group!r}")
             pairs.append(Pair(
-                checked_text(record["query"]), checked_text(record["paraphrase"]),
+                checked_text(record["query"]).strip(), checked_text(record["paraphrase"]).strip(),
                 tuple(checked_texts(images)), fix_surrogates(record.get("kind") or ""),
                 fix_surrogates(record.get("negative") or "").strip(), same, group))
     return pairs
@@ -890,7 +890,7 @@ def read_lists(path) -> dict[str, list[str]]:
             if "text" in record:
                 entries = [("text", "ranking")]
             for text_field, ranking_field in entries:
-                text = checked_text(record[text_field])
+                text = checked_text(record[text_field]).strip()
                 ranking = checked_texts(record[ranking_field])
                 # The details of several models hold each text once per model. Without this check
                 # the first model's list would be taken silently.
@@ -918,8 +918,8 @@ def read_sts(path) -> list[tuple[str, str, float]]:
             score = float(record["score"])
             if not math.isfinite(score):
                 raise ValueError(f"the score is {score}")
-            rows.append((checked_text(record["sentence1"]), checked_text(record["sentence2"]),
-                         score))
+            rows.append((checked_text(record["sentence1"]).strip(),
+                         checked_text(record["sentence2"]).strip(), score))
     return rows
 
 

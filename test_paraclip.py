@@ -982,6 +982,16 @@ def test_a_passing_fault_is_not_remembered(tmp_path, monkeypatch):
     assert index.captions(0) == [sentence(5)] and len(index) == 3
 
 
+def test_the_ranks_of_a_run_build_one_index_whatever_is_unreadable(tmp_path, monkeypatch):
+    folder = write_shards(tmp_path, [5])
+    os.mkdir(f"{folder}/00001.tar")
+    monkeypatch.setenv("RANK", "0")
+    index = ShardIndex(folder)
+    assert index.skipped == {"unreadable shard": 1}
+    monkeypatch.setattr(data, "build_index", None)
+    assert ShardIndex(folder).table == index.table
+
+
 def test_an_interrupted_index_is_begun_anew(tmp_path, monkeypatch):
     def interrupt_after_one(results, *args, **kwargs):
         yield next(iter(results))
@@ -2338,9 +2348,10 @@ def test_run_folders_are_named_by_their_data(data, name):
     assert paraclip.run_name(data) == name
 
 
-# ---- README --------------------------------------------------------------------------------------
-def test_readmes_python_block_runs(memorized):
-    block = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+# ---- docs ----------------------------------------------------------------------------------------
+def test_the_documented_search_runs(memorized):
+    page = (HERE / "docs/formats.md").read_text()
+    block = page.split("## From Python")[1].split("```python\n")[1].split("```")[0]
     block = block.replace("runs/emoji-align", str(memorized))
     block = block.replace("shards/emoji/test", str(memorized.parent / "shards"))
     names = {}
@@ -2662,7 +2673,7 @@ captions_of_test = functools.partial(records.read_captions, split="test")
 CLASSES = '{"classnames": ["x", "y"], "labels": {"a": 1}}'
 QP = ev.Pair("q", "p")
 GOOD_FILES = {
-    "array": (ev.read_pairs, json.dumps([PAIR]), [QP]),
+    "array": (ev.read_pairs, '[{"query": "q ", "paraphrase": "p\\n"}]', [QP]),
     "one line": (ev.read_pairs, json.dumps(PAIR), [QP]),
     "null": (ev.read_pairs, '{"query": "q", "paraphrase": "p", "same": null, "kind": null}', [QP]),
     "lines": (ev.read_pairs, f"\ufeff{json.dumps(PAIR)}\r\n\n{json.dumps(PAIR)}", [QP] * 2),

@@ -106,10 +106,9 @@ def fix_surrogates(text: str) -> str:
 
 
 def checked_text(value) -> str:
-    """The text without white space around it."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is no text")
-    return fix_surrogates(value.strip())
+    return fix_surrogates(value)
 
 
 def checked_texts(value) -> list[str]:
