@@ -69,6 +69,7 @@ ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
 # Neighbours are read from disk together, about so many bytes at a time.
 BLOCK_BYTES = 4 << 20
 MAX_AGE = 7 * 24 * 3600  # seconds that a set's former index is kept
+RUN_AGE = 3600  # seconds in which the ranks of a run take an index that lacks an unreadable shard
 UNREADABLE = "unreadable shard"  # a fault that may pass
 
 
@@ -105,7 +106,7 @@ class ShardIndex:
             of_this_set.mkdir(exist_ok=True)
             # Of processes that start together one builds the index, and the others wait.
             with FileLock(of_this_set / "lock"):
-                if of_run and of_run.exists():
+                if of_run and of_run.exists() and age_of(of_run) < RUN_AGE:
                     folder = of_run
                 elif not folder.exists():
                     folder = build_index(self.shards, self.caption_keys, folder, of_run, workers)
@@ -196,12 +197,20 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, of_run
     # Former indexes, and what killed processes left, are removed once they are old: where nodes
     # share this folder and not the shards, another node may be using its own index.
     for former in folder.parent.iterdir():
-        if former.is_dir() and former.stat().st_mtime < time.time() - MAX_AGE:
+        if former.is_dir() and age_of(former) > MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
-    # What a disk cannot read now it may read the next time, so such an index is not kept for others.
+    # What a disk cannot read now it may read later, so such an index is not kept for others.
+    if UNREADABLE in facts["skipped"] and of_run is None:
+        return unfinished
     if UNREADABLE in facts["skipped"]:
-        return unfinished.rename(of_run) if of_run else unfinished
+        folder = of_run
+        shutil.rmtree(folder, ignore_errors=True)
     return unfinished.rename(folder)
+
+
+def age_of(path: Path) -> float:
+    """Seconds since the last change."""
+    return time.time() - path.stat().st_mtime
 
 
 # ---- the order of samples ------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def check_flags(cfg: EvalConfig):
 
 # ---- metrics -------------------------------------------------------------------------------------
 # Q queries, N gallery images, E feature size, k list length. Most metrics return one value per
-# query; the number to report is their mean, with the interval of bootstrap_ci.
+# query or comparison; the number to report is their mean, with the interval of bootstrap_ci.
 def average_overlap(a, b, k: int | None = None) -> np.ndarray:
     """AO@k of ranked lists: the overlap of their first d items, averaged over all depths d.
 
@@ -456,8 +456,9 @@ class Vectors:
                 if keys.ndim != 1 or features.shape != (len(keys), images.shape[1]):
                     raise ValueError(f"the shapes are {keys.shape} and {features.shape}")
             self.images = features_by_key(names, images)
-            # Without white space around them, as texts of pairs are.
-            self.texts = features_by_key(np.char.strip(texts), text_features)
+            exact = features_by_key(texts, text_features)
+            # Pairs are read without white space around their texts.
+            self.texts = {text.strip(): row for text, row in exact.items()} | exact
 
     def encode_text(self, texts):
         return np.stack(look_up(self.path, self.texts, texts, "vectors", "texts"))
@@ -483,8 +484,8 @@ class Vectors:
 
 
 def look_up(path: str, found: dict, keys: list[str], kind: str, what: str) -> list:
-    """found[key] of all keys. Raises UserError if one is missing: it must not count as a miss, for
-    which the file would get a score for another question than the models."""
+    """found[key] of all keys. Raises UserError if one is missing: it must not count as a search
+    that failed, since the file would then be asked something else than the models."""
     missing = [key for key in keys if key not in found]
     if missing:
         raise UserError(f"{path}: no {kind} for {len(missing)} of {len(keys)} {what}, such as "
@@ -1034,16 +1035,18 @@ class Scores(NamedTuple):
 
 class Task:
     """What one flag measures. To add one, write a subclass, list it in TASKS by its flag, and in
-    NEED_IMAGES if it needs --images, and give EvalConfig the flag.
+    NEED_IMAGES if it cannot do without --images; give EvalConfig the flag, and check_flags() the
+    file that it reads.
 
     A subclass reads its files in __init__(cfg, gallery), where gallery is that of --images or None,
     and has measure(model, encoded, cfg), which returns {name: Scores, a number or a text}. A name
-    is a tuple, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
+    is a tuple that no other task has, the path of keys in the JSON: ("ao",) or ("recall", "t2i@1").
+    Scores and other floats are printed x100; a text is the same for all models.
     """
     # The images that it is measured on, which it may replace by its own; measure() gets their
-    # features as `encoded`, an EncodedGallery.
+    # features as `encoded`, an EncodedGallery, or None.
     gallery: Gallery | None = None
-    # The images of --images that its files name.
+    # The images of --images that its files name. Without --pairs only these are encoded.
     names: set[str] = set()
 
 
@@ -1052,7 +1055,8 @@ TEMPLATES = ["{}", "a picture of a {}", "a photo of a {}"]
 
 
 def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
-    """Every metric of two lists (Q, K): add yours here, its row titles to TITLES, and its name to
+    """Every metric of two lists (Q, K), K >= k: (Q,) values in [0, 1] each. Unrelated pairs get all
+    of them, too, as NAME_random. Add yours here, the titles of both to TITLES, and its name to
     SHOWN_OF_SUBSETS if the table should show it of kinds and files."""
     return {
         "ao1": average_overlap(first, second, 1),
@@ -1077,8 +1081,8 @@ def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
     """For each pair the index of another one that shares no text, image or group with it; -1 if
     none is found.
 
-    AO of a query and an unrelated paraphrase is what a model reaches without any understanding:
-    one that returns the same images for every text would reach 1.
+    AO of a query and an unrelated paraphrase is what a model reaches that ignores the texts: one
+    that returns the same images for every text would reach 1.
     """
     contents = [{pair.query, pair.paraphrase, *pair.images, int(group)}
                 for pair, group in zip(pairs, groups)]
@@ -1133,7 +1137,7 @@ def given_pairs(cfg: EvalConfig):
     if cfg.query:
         with expecting("--query and --paraphrase", "a text each"):
             # Several words arrive as several arguments where the quotes were left out.
-            query, paraphrase = " ".join(cfg.query), " ".join(cfg.paraphrase)
+            query, paraphrase = " ".join(cfg.query).strip(), " ".join(cfg.paraphrase).strip()
             yield "", Pair(checked_text(query), checked_text(paraphrase))
     for path, file in zip(cfg.pairs, short_names(cfg.pairs)):
         for pair in read_pairs(path):
@@ -1263,6 +1267,7 @@ class Pairs(Task):
             inside = np.isin(compared[:, 1], chosen)
             if inside.any():
                 results[(*keys, "contrast_pairs")] = int(inside.sum())
+                # The two are of one text, and most often of one group.
                 groups = self.groups[compared[inside, 0]]
                 results[(*keys, "contrast")] = Scores(contrasts[inside], groups)
         if not self.same.all():

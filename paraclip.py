@@ -49,6 +49,9 @@ from common.run_folder import StopSignals, open_run_folder, read_checkpoint
 from data import BadSample, ShardIndex, center_crop, read_ahead, training_loader
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+# The learning rate of Muon's matrices, in multiples of --lr. An orthogonalised update has no single
+# large direction that would diverge first, so it tolerates a larger rate. 5 and 20 were worse.
+MUON_FACTOR = 10
 
 
 # ---- config: defaults, command line and config.json all come from this dataclass -----------------
@@ -56,10 +59,11 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 class Config:
     # data
     data: str = flag(
-        "emoji", "emoji, cc12m, or shards: folder, .tar, glob, {00..99}, joined by ::")
+        "emoji", "emoji, cc12m (in $PARACLIP_DATA), or shards: folder, .tar, glob, {00..99}, "
+                 "joined by ::")
     caption_key: list[str] = flag(
         [], "fields of KEY.json to draw captions from, in place of KEY.txt")
-    recipe: str = flag("", "preset to start from (default: the one that --data names)",
+    recipe: str = flag("", "preset to start from (default: the one that --data names, or emoji)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
     workers: int = flag(0, "loader processes per rank; 0: load in a thread; "
@@ -95,12 +99,12 @@ class Config:
         1, "micro-batches per step (GradCache: the loss still sees the full batch)", low=1)
     optimizer: str = flag("muon", "of the matrices inside the towers (the rest: AdamW)",
                           choices=("muon", "adamw"))
-    lr: float = flag(1e-3, "peak learning rate of AdamW; Muon's is MUON_FACTOR times it", low=0,
+    lr: float = flag(1e-3, f"peak learning rate of AdamW; Muon's is {MUON_FACTOR} times it", low=0,
                      high=100)
     lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
                         low=0, high=1)
     weight_decay: float = flag(0.01, "decoupled, on matrices only", low=0)
-    warmup: int = flag(30, "steps of linear warm-up, then cosine to 0", low=0)
+    warmup: int = flag(30, "steps of linear warm-up, then cosine towards 0", low=0)
     seed: int = flag(0, "seed of the weights, the order, crops and captions", low=0,
                      high=2 ** 32 - 1)
     precision: str = flag("", "of the towers (default: bf16 where the machine is fast in it)",
@@ -155,8 +159,8 @@ MAY_DIFFER = ("data", "recipe", "out", "workers")
 # Letters of shapes in all comments: R ranks, N pairs in the global batch, B pairs on this rank
 # (inside a tower: rows of this call), T tokens of a caption, or patches plus the class token, W
 # width of the tower at hand, H attention heads, S pixels per side of an image, P of a patch, E
-# embed_dim. A token batch is a dict of attention_mask (B, T) and input_ids (B, T), or with
-# --cache-lm, in place of the latter, the language model's states (B, T, W).
+# embed_dim. A token batch is a dict of attention_mask (B, T) and input_ids (B, T) or, with
+# --cache-lm, in place of the latter states (B, T, W), those of the language model.
 
 
 # ---- image tower ---------------------------------------------------------------------------------
@@ -512,7 +516,8 @@ def contrastive_loss(image_features, text_features, logit_scale):
 
 
 class Contrastive:
-    """The objective: what is learnt from a batch. experiments/ has others, which subclass it.
+    """The objective: what is learnt from a batch. experiments/ has others, which subclass it. Only
+    the model is trained, so it must have no weights of its own.
 
     The loader's workers hold a copy, so it must not hold the model. tokenize: a list of captions ->
     a token batch, by model.tokenize or, with --cache-lm, by what keep_lm_states() returns.
@@ -523,7 +528,7 @@ class Contrastive:
 
     def captions(self, samples) -> list[str]:
         """In the loader: what the text tower encodes of these samples: a caption each, or C of
-        each, those of the first sample first."""
+        each, those of the first sample first. The features have this order."""
         return [sample.caption for sample in samples]
 
     def targets(self, samples):
@@ -547,8 +552,11 @@ def forward_backward(parallel, objective: Contrastive, batch):
     """
     micro_batches, targets = batch.micro_batches, batch.targets
     if len(micro_batches) == 1:
-        loss, accuracy = objective.loss(*parallel(*micro_batches[0]), targets)
-        loss.backward()
+        image_features, text_features, logit_scale = parallel(*micro_batches[0])
+        loss, accuracy = objective.loss(image_features, text_features, logit_scale, targets)
+        # The zero is for an objective without a temperature: DistributedDataParallel waits for a
+        # gradient of every weight.
+        (loss + 0 * logit_scale).backward()
         return loss.detach(), accuracy
 
     # Pass 1: the features of the whole batch, without a graph.
@@ -562,7 +570,7 @@ def forward_backward(parallel, objective: Contrastive, batch):
 
     # The loss, and its gradient with respect to each feature.
     loss, accuracy = objective.loss(image_features, text_features, logit_scale, targets)
-    loss.backward()
+    (loss + 0 * logit_scale).backward()
     image_grads = image_features.grad.split([len(part) for part in image_parts])
     text_grads = text_features.grad.split([len(part) for part in text_parts])
 
@@ -574,9 +582,8 @@ def forward_backward(parallel, objective: Contrastive, batch):
         with parallel.no_sync() if skip_exchange else contextlib.nullcontext():
             image_part, text_part, scale = parallel(*micro_batch)
             tensors, grads = [image_part, text_part], [image_grads[i], text_grads[i]]
-            if is_last and logit_scale.grad is not None:
-                # The temperature's gradient is that of the whole batch, so it enters once; an
-                # objective without a temperature has none.
+            if is_last:
+                # The temperature's gradient is that of the whole batch, so it enters once.
                 tensors.append(scale)
                 grads.append(logit_scale.grad)
             torch.autograd.backward(tensors, grads)
@@ -595,11 +602,6 @@ def orthogonalize(x):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x
-
-
-# The learning rate of Muon's matrices, in multiples of --lr. An orthogonalised update has no single
-# large direction that would diverge first, so it tolerates a larger rate. 5 and 20 were worse.
-MUON_FACTOR = 10
 
 
 class Muon(torch.optim.Optimizer):
@@ -681,6 +683,7 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     cosine towards 0."""
     if step <= warmup:
         return step / warmup
+    # The first step after the warm-up is still at the peak.
     return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
@@ -754,6 +757,7 @@ def train(cfg: Config, make_objective=Contrastive):
                            grad_norm=grad_norm, lr=cfg.lr * lr_scale)
                 keep = cfg.keep_every > 0 and step % cfg.keep_every == 0
                 if step % cfg.save_every == 0 or keep or stop or step == steps:
+                    # Of all ranks, since the run's first step.
                     replaced = folder.save(checkpoint_state(cfg, model, optimizers), keep)
                 if stop and step < steps:
                     folder.print(f"stopped by a signal at step {step}; run the same command to "
