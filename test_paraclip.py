@@ -3210,10 +3210,9 @@ def test_vectors_that_do_not_fit(exported, cd, capsys, tmp_path, changes, compla
 
 def test_fresh_loader_workers_find_the_users_class(cd):
     model = ev.open_model("mine.py:Good", ev.EvalConfig(device="cpu"))
-    # The way of macOS, and from Python 3.14 on of Linux, too, to start a worker: without a copy of
-    # this process's modules.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    # As on macOS, and from Python 3.14 on on Linux, too, a worker has no copy of this process's
+    # modules.
+    with ProcessPoolExecutor(1, mp_context=FORKSERVER) as pool:
         pixels = pool.submit(model.preprocess, Image.new("RGB", (9, 9))).result()
     assert len(pixels) == 4 * 4 * 3
 
