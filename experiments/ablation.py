@@ -45,7 +45,7 @@ DEFAULT_ROWS = ["scratch", "finetune", "frozen", "align", "geometry"]
 # What stands after -- must not change what makes a row, a seed and a run folder.
 OWN_FLAGS = ["--data", "--seed", "--out", "--text"]
 # Further flags, by the name of the data set: those of all rows, then those of single rows. All were
-# chosen on the val split (docs/experiments.md): what all rows share, and for each row its number of
+# chosen on the val split (docs/notebook.md): what all rows share, and for each row its number of
 # steps. Rates were tried for scratch and finetune, so that these baselines do not lose by a badly
 # chosen one; finetune kept the default's. The rows with a second caption, whose steps take longer,
 # were tried with one number of steps only.
