@@ -651,6 +651,8 @@ def test_values_out_of_range_are_refused(name, value):
     check_ranges(Flags(lr=100, steps=0))
     with pytest.raises(UserError, match=f"--{name} {value}: expected"):
         check_ranges(Flags(**{name: value}))
+    with pytest.raises(UserError, match="--lr 101.0: expected 0 to 100"):
+        parse_config(Flags, ["--lr", "101"])
 
 
 @pytest.mark.parametrize("error, status, line", [
