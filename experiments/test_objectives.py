@@ -90,14 +90,16 @@ def test_second_captions_are_of_the_same_images():
         objective.captions([Sample(None, "a", ["a"], 0, 0, "")])
 
 
-@pytest.mark.parametrize("objective, config", [
-    (Geometry, GeometryConfig), (SecondCaption, Config)])
-def test_an_objective_trains_and_loads(lm, tmp_path, objective, config):
+@pytest.mark.parametrize("objective, config, complaint", [
+    (Geometry, GeometryConfig, "no config.json of this program"),
+    (SecondCaption, Config, "other settings.*objective")])
+def test_an_objective_trains_and_loads(lm, tmp_path, objective, config, complaint):
     folder = write_list_shards(tmp_path / "s", 40)
     fields = TINY | dict(data=folder, lm=lm, out=str(tmp_path / "run"))
     paraclip.train(config(**fields), objective)
     assert load_model(tmp_path / "run").encode_text(["a dog"]).shape == (1, 16)
-    with pytest.raises(UserError, match="other settings.*objective"):
+    # Without the objective, the same command does not continue the run.
+    with pytest.raises(UserError, match=complaint):
         paraclip.train(Config(**fields))
 
 
