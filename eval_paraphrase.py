@@ -12,8 +12,10 @@ AO@k and JS@k of "Adapting Dual-encoder Vision-language Models for Paraphrased R
 MODEL is one of
     runs/NAME or FILE.pt    a run folder or checkpoint of paraclip.py
     NAME or FOLDER          a Hugging Face model with two towers
-    FILE.py:NAME            a function or class of yours that returns a model: an object with
-                            preprocess(image), encode_image(batch), encode_text(list of str)
+    FILE.py:NAME            a function or class of yours, called without arguments, that gives an
+                            object with preprocess(RGB Pillow image) -> a tensor, or a dict of
+                            tensors, of one shape; encode_image(batch of these) and
+                            encode_text(list of str) -> (B, E). It chooses its own device
     FILE.npz                precomputed features: names, images, texts, text_features
     FILE.jsonl              ranked lists of any engine: {"text", "ranking"} a line
 Prints a table; the last line is the same results as JSON. All formats: docs/formats.md.
@@ -83,9 +85,11 @@ class EvalConfig:
                              "JSON file of classnames and labels of --images")
     benchmark: str = flag("", "a benchmark's name in $PARACLIP_DATA, or its absolute path "
                               "(default: emoji)")
-    split: str = flag("test", "val is for choosing, test for reports", choices=("test", "val"))
+    split: str = flag("test", "of the benchmark, and of --captions that name one: val is for "
+                             "choosing, test for reports", choices=("test", "val"))
     # How it is measured.
-    images: str = flag("", "folder of images to search in, or shards as for paraclip.py --data")
+    images: str = flag("", "what to search in: folder of images, or .tar shards: folder, file, "
+                         "glob, {00..99}, cc12m")
     classnames: str = flag("", "class names, one per line, in the order of the sorted folders")
     templates: str = flag("", "prompts, one per line, with {} for the class name")
     k: int = flag(10, "length of the compared lists", low=1)
@@ -464,7 +468,8 @@ class Vectors:
         return np.stack(look_up(self.path, self.texts, texts, "vectors", "texts"))
 
     def encode_gallery(self, gallery) -> tuple[list[str], np.ndarray]:
-        """(names, features) of the images, except those without a vector that cannot be read."""
+        """(names, features) of the images. Those that cannot be read may lack a vector and are
+        skipped. Raises UserError if another one lacks it."""
         # Exact names win: 1.jpg must not take the place of sub/1.jpg. Vectors of other images, all
         # of them under None here, are not used.
         known = {gallery.find(name): features for name, features in self.images.items()}
@@ -832,7 +837,8 @@ def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]) -> set[str]:
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
-# What read_records() takes of each kind of file.
+# What read_records() takes of each kind of file, JSON or a table: {field: the names that files have
+# for it}. Inside of expecting(), any error becomes a UserError that says what was expected.
 PAIR_FIELDS = {"query": ["query", "caption"], "paraphrase": ["paraphrase", "caption2"],
                "images": ["images", "image", "filename", "file_name"], "kind": ["kind"],
                "negative": ["negative_caption"], "same": ["same"], "group": ["group"]}
@@ -1519,8 +1525,9 @@ def estimate(results: dict, seed: int, of_differences: bool = False) -> dict:
                 interval = bootstrap_ci(value.values, value.groups, seed)
                 # If all groups have 1, or all 0, the bootstrap's interval has no width. This is the
                 # exact one of a binomial rate (Clopper and Pearson 1934).
-                is_rate = not of_differences and name[-1] != "ao_minus_random"
-                if is_rate and mean in (0, 1) and interval == (mean, mean):
+                # For AO and JS, too, whose values also lie in [0, 1].
+                in_unit_range = not of_differences and name[-1] != "ao_minus_random"
+                if in_unit_range and mean in (0, 1) and interval == (mean, mean):
                     width = 1 - 0.025 ** (1 / groups)
                     interval = (0, width) if mean == 0 else (1 - width, 1)
             value = Estimate(mean, interval, groups)

@@ -149,8 +149,9 @@ RECIPES = {
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
         crop=0.5, workers=-1, save_every=2000),
 }
-# Fields that may change when a run is resumed: they change results by rounding at most. Of data and
-# lm the content is compared, not the path, so that they may move to another disk.
+# Fields that may change when a run is resumed: they change results by rounding at most. (A recipe
+# only sets other fields.) Of data and lm the content is compared, by fingerprint and by hash, not
+# the path, so that they may move to another disk.
 MAY_CHANGE = ("data", "lm", "recipe", "out", "workers", "accum", "cache_lm", "compile",
               "save_every", "keep_every")
 # Fields that may differ between the ranks of a run.
@@ -160,7 +161,7 @@ MAY_DIFFER = ("data", "recipe", "out", "workers")
 # (inside a tower: rows of this call), T tokens of a caption, or patches plus the class token, W
 # width of the tower at hand, H attention heads, S pixels per side of an image, P of a patch, E
 # embed_dim. A token batch is a dict of attention_mask (B, T) and input_ids (B, T) or, with
-# --cache-lm, in place of the latter states (B, T, W), those of the language model.
+# --cache-lm, the language model's states (B, T, W) in place of input_ids.
 
 
 # ---- image tower ---------------------------------------------------------------------------------
@@ -527,8 +528,9 @@ class Contrastive:
         pass
 
     def captions(self, samples) -> list[str]:
-        """In the loader: what the text tower encodes of these samples: a caption each, or C of
-        each, those of the first sample first. The features have this order."""
+        """In the loader, where collate() has sorted the samples: what the text tower encodes of
+        them, a caption each, or C of each, those of the first sample first. Features have this
+        order."""
         return [sample.caption for sample in samples]
 
     def targets(self, samples):
@@ -545,7 +547,8 @@ class Contrastive:
 def forward_backward(parallel, objective: Contrastive, batch):
     """Leaves the gradients of one step on this rank's pairs in .grad; returns loss and accuracy.
 
-    parallel: the model, in DistributedDataParallel where there are several ranks. batch: a Batch.
+    parallel: the model, in DistributedDataParallel where there are several ranks. batch: a Batch of
+    data.py; a micro-batch is (images, token batches), and targets has a row for each image.
     With several micro-batches, only one's activations are alive at a time, and still the loss sees
     all pairs (GradCache, arXiv 2101.06983). Plain gradient accumulation would shrink the softmax to
     a micro-batch.
@@ -751,6 +754,7 @@ def train(cfg: Config, make_objective=Contrastive):
                 if not math.isfinite(loss + grad_norm):
                     raise UserError(f"the loss ({loss}) or the gradient's norm ({grad_norm}) is "
                                     f"not finite at step {step}: lower --lr")
+                # {reason: bad samples in whose place others were read}
                 folder.replaced.update(batch.replaced)
                 folder.log(step, cfg.batch_size, batch.waited, epoch=step / steps_per_epoch,
                            loss=loss, accuracy=accuracy, logit_scale=logit_scale,
@@ -881,11 +885,11 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
 def text_part(model: nn.Module) -> nn.Module:
     """The part of a model that reads text: of an encoder-decoder the encoder, of a model of several
     modalities the language model, of two towers the text tower."""
-    # A T5 whose encoder was published alone says it is no encoder-decoder.
+    # A T5 whose encoder was published alone says it is no encoder-decoder, but has a decoder here.
     if model.config.is_encoder_decoder or hasattr(model, "decoder"):
         part = model.get_encoder()
     else:
-        # It looks for language_model, then text_model; else it gives the model itself.
+        # get_decoder() looks for language_model, then text_model; else it gives the model itself.
         part = model.get_decoder()
     if not isinstance(part, transformers.PreTrainedModel):
         raise ValueError("transformers has no text part of it that works alone")
