@@ -99,8 +99,8 @@ class ShardIndex:
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
-        # For an index that lacks an unreadable shard. The ranks of a run have torchrun as parent;
-        # without a place of their own, each of them would build it in turn.
+        # An index that lacks an unreadable shard is kept here, for the ranks of this run alone. Their
+        # parent is torchrun. Else each of them would build it in turn.
         of_run = folder.with_name(f"{folder.name}-{os.getppid()}") if "RANK" in os.environ else None
         if not folder.exists():
             of_this_set.mkdir(exist_ok=True)
@@ -174,8 +174,8 @@ def hash_of(value) -> str:
 
 def build_index(shards: list[str], caption_keys: list[str], folder: Path, of_run: Path | None,
                 workers: int) -> Path:
-    """Indexes the shards, and returns the folder where the index lies: `folder`, or if a shard
-    could not be read `of_run`, or a nameless one."""
+    """Indexes the shards, and returns the folder where the index lies: `folder` or, if a shard
+    could not be read, `of_run` or else one that nobody shares."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
     facts = {"skipped": Counter(), "examples": {}, "extensions": Counter(), "fields": set()}
     fingerprint = hashlib.sha256()
@@ -200,11 +200,11 @@ def build_index(shards: list[str], caption_keys: list[str], folder: Path, of_run
         if former.is_dir() and age_of(former) > MAX_AGE:
             shutil.rmtree(former, ignore_errors=True)
     # What a disk cannot read now it may read later, so such an index is not kept for others.
-    if UNREADABLE in facts["skipped"] and of_run is None:
-        return unfinished
     if UNREADABLE in facts["skipped"]:
+        if of_run is None:
+            return unfinished
+        shutil.rmtree(of_run, ignore_errors=True)
         folder = of_run
-        shutil.rmtree(folder, ignore_errors=True)
     return unfinished.rename(folder)
 
 

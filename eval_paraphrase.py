@@ -390,7 +390,8 @@ class HuggingFaceCLIP(torch.nn.Module):
                              f"{text_config.vocab_size}")
         positions = getattr(text_config, "max_position_embeddings", math.inf)
         for module_name, module in self.model.named_modules():
-            # RoBERTa and its kind count positions from padding_idx + 1. It may be 0.
+            # RoBERTa and its kind count positions from padding_idx + 1. padding_idx may be 0, which
+            # is not the same as None.
             padding = getattr(module, "padding_idx", None)
             if module_name.endswith("position_embeddings") and padding is not None:
                 positions = module.num_embeddings - padding - 1

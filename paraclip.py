@@ -115,6 +115,7 @@ class Config:
         0, "steps between checkpoints that stay beside model.pt; 0: none", low=0)
 
     def __post_init__(self):
+        # Of a Config that is made in Python, too, or read from a checkpoint.
         check_ranges(self)
         if self.image_size % self.patch_size:
             raise UserError(f"--image-size {self.image_size} must be a multiple of --patch-size "
@@ -122,9 +123,10 @@ class Config:
         if self.width % self.heads or self.width % 4:
             raise UserError(f"--width {self.width} must be a multiple of 4 and of --heads "
                             f"{self.heads}")
-        if self.stem == "conv" and self.patch_size not in (2, 4, 8, 16, 32, 64):
-            raise UserError(f"--patch-size {self.patch_size} must be 2, 4, 8, 16, 32 or 64 with "
-                            "--stem conv, which halves the image; or give --stem patch")
+        powers = (2, 4, 8, 16, 32, 64)
+        if self.stem == "conv" and self.patch_size not in powers:
+            raise UserError(f"--patch-size {self.patch_size} must be one of {powers} with --stem "
+                            "conv, which halves the image; or give --stem patch")
         self.out = self.out or f"runs/{run_name(self.data)}-{self.text}"
         if not self.precision:
             self.precision = "bf16" if distributed.has_fast_bf16() else "fp32"

@@ -2683,7 +2683,7 @@ GOOD_FILES = {
                      [ev.Pair("q", 'p, "r"\ns', kind="x", same=False)]),
     "sugarcrepe": (ev.read_pairs, f"[{SUGAR}]", [SUGAR_PAIR]),
     "numbered": (ev.read_pairs, f'{{"0": {SUGAR}, "1": {SUGAR}}}', [SUGAR_PAIR] * 2),
-    "lists": (ev.read_lists, '{"text": "a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
+    "lists": (ev.read_lists, '{"text": " a", "ranking": ["2", "1"]}\n', {"a": ["2", "1"]}),
     "details": (ev.read_lists, DETAILS, {"a": ["1"], "b": ["2"]}),
     "coco": (captions_of_test, COCO, [("x", "a")]),
     "karpathy": (captions_of_test, KARPATHY, [("x", "a")]),
@@ -2772,6 +2772,9 @@ def test_fields_that_are_not_read_are_named(tmp_path, capsys):
     notes = capsys.readouterr().err
     assert "a.csv: fields that are not read: label" in notes
     assert "b.csv: its first row names no known field, so it is read as data" in notes
+    (tmp_path / "c.json").write_text(KARPATHY)
+    captions_of_test(tmp_path / "c.json")
+    assert "c.json: only the captions of the split test are read" in capsys.readouterr().err
 
 
 def test_texts_of_as_many_tokens_share_a_batch():
@@ -3492,7 +3495,7 @@ def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
 def test_half_a_surrogate_in_a_query(cd, capsys):
     # As it arrives from a shell, where the bytes are no UTF-8.
     argv = ["clip", "--images", "readable", "--workers", 0, "--paraphrase", "a cat", "--query"]
-    broken = evaluate(capsys, *argv, "a dog \udce9")
+    broken = evaluate(capsys, *argv, "a dog \udce9 ")
     assert broken == evaluate(capsys, *argv, "a dog ?")
 
 

@@ -373,7 +373,8 @@ def test_flops_are_those_counted_by_hand(lm, text, passes):
     projection = 3 * 2 * 32 * 16
 
     def caption(T):
-        return passes * 2 * block(T, width=2) + (3 * block(T) if text == "align" else 0) + projection
+        align = 3 * block(T) if text == "align" else 0
+        return passes * 2 * block(T, width=2) + align + projection
 
     patches = 2 * 2 * 4 * 3 * 8 ** 2 * 32  # twice: nothing asks for the gradient of an image
     image = patches + 3 * 2 * block(1 + 4) + projection
