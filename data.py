@@ -99,8 +99,8 @@ class ShardIndex:
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         folder = of_this_set / hash_of([ROW.descr, ctimes])
-        # An index that lacks an unreadable shard is kept here, for the ranks of this run alone. Their
-        # parent is torchrun. Else each of them would build it in turn.
+        # An index that lacks an unreadable shard is kept here, for the ranks of this run alone,
+        # whose parent is torchrun. Else each of them would build it in turn.
         of_run = folder.with_name(f"{folder.name}-{os.getppid()}") if "RANK" in os.environ else None
         if not folder.exists():
             of_this_set.mkdir(exist_ok=True)

@@ -653,6 +653,8 @@ def test_values_out_of_range_are_refused(name, value):
         check_ranges(Flags(**{name: value}))
     with pytest.raises(UserError, match="--lr 101.0: expected 0 to 100"):
         parse_config(Flags, ["--lr", "101"])
+    with pytest.raises(UserError, match="--crop 2: expected 0 to 1"):
+        Config(crop=2)
 
 
 @pytest.mark.parametrize("error, status, line", [
@@ -1329,7 +1331,7 @@ def test_closing_read_ahead_ends_its_thread_and_the_workers(tmp_path):
     assert not [thread for thread in new if thread.name.startswith("ThreadPoolExecutor")]
 
 
-def test_the_inspection_reports_a_set(tmp_path, capsys):
+def test_the_inspection_reports_a_set(tmp_path, monkeypatch, capsys):
     path = write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
     with tarfile.open(path) as tar:
         byte = tar.getmember("00001.jpg").offset_data
@@ -1345,6 +1347,8 @@ def test_the_inspection_reports_a_set(tmp_path, capsys):
     assert report.pop("images_per_s") > 0
     assert report == {"shards": 1, "samples": 1, "decoded": 2, "keys": {"jpg": 3, "txt": 2},
                       "skipped": {"no caption": 1, "broken image": 1}}
+    monkeypatch.setattr(data, "MOST_DECODED", 1)
+    assert last_json(capsys, data, tmp_path, "--workers", 0)["decoded"] == 1
 
 
 def read_all(shards: str):
@@ -3495,8 +3499,11 @@ def test_a_full_disk_costs_no_table(cd, capsys, monkeypatch):
 def test_half_a_surrogate_in_a_query(cd, capsys):
     # As it arrives from a shell, where the bytes are no UTF-8.
     argv = ["clip", "--images", "readable", "--workers", 0, "--paraphrase", "a cat", "--query"]
-    broken = evaluate(capsys, *argv, "a dog \udce9 ")
+    broken = evaluate(capsys, *argv, "a dog \udce9")
     assert broken == evaluate(capsys, *argv, "a dog ?")
+    # Nor do spaces make another text of it, which vectors or lists would lack.
+    (_, pair), = ev.given_pairs(ev.EvalConfig(query=["a dog "], paraphrase=[" a cat"]))
+    assert pair == ev.Pair("a dog", "a cat")
 
 
 def test_files_hold_what_is_printed(cd, capsys, tmp_path):
