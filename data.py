@@ -5,7 +5,6 @@
                -> TrainingSet[epoch, i]  one image, decoded and cropped, and its captions
                -> collate                a batch of them
                -> training_loader        the batches of a run
-               -> read_ahead             each fetched while the one before is in use
 
     python data.py PATH [--workers N]   # check your shards: samples, skips by reason, images/s
 """
@@ -37,7 +36,6 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -264,7 +262,7 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
 # If so many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
 # tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
-LENGTH_GROUPS = 8
+LENGTH_GROUPS = 4
 MIN_GROUP = 32
 
 
@@ -321,7 +319,6 @@ class Batch(NamedTuple):
     micro_batches: list[tuple[torch.Tensor, list]]
     targets: torch.Tensor | None  # a row for each sample, in the order of the images
     replaced: dict[str, int]  # how many samples were replaced, by reason
-    waited: float = 0.0  # seconds, see read_ahead
 
 
 def collate(samples: list[Sample], accum: int, tokenize, objective) -> Batch:
@@ -371,24 +368,6 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, w
         collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize,
                                      objective=objective),
         pin_memory=pin_memory)
-
-
-def read_ahead(batches):
-    """Yields the same batches. A thread fetches the next one while the caller uses this one, and
-    `waited` is how long the caller then had to wait for it."""
-    batches = iter(batches)
-    # The first one is fetched here: torch notices dying workers only if the main thread started
-    # them.
-    began = time.perf_counter()
-    batch = next(batches, None)
-    waited = time.perf_counter() - began
-    with ThreadPoolExecutor(1) as fetcher:
-        while batch is not None:
-            upcoming = fetcher.submit(next, batches, None)
-            yield batch._replace(waited=waited)
-            began = time.perf_counter()
-            batch = upcoming.result()
-            waited = time.perf_counter() - began
 
 
 def make_loader(dataset, workers: int, **options) -> DataLoader:

@@ -46,12 +46,12 @@ from common.cli import UserError, check_ranges, flag, note, parse_config, run
 from common.distributed import mean_over_ranks, rank_and_world_size
 from common.records import fix_surrogates
 from common.run_folder import StopSignals, open_run_folder, read_checkpoint
-from data import BadSample, ShardIndex, center_crop, read_ahead, training_loader
+from data import BadSample, ShardIndex, center_crop, training_loader
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 # The learning rate of Muon's matrices, in multiples of --lr. An orthogonalised update has no single
-# large direction that would diverge first, so it tolerates a larger rate. 5 and 20 were worse.
-MUON_FACTOR = 10
+# large direction that would diverge first, so it tolerates a larger rate.
+MUON_FACTOR = 40
 
 
 # ---- config: defaults, command line and config.json all come from this dataclass -----------------
@@ -66,8 +66,8 @@ class Config:
     recipe: str = flag("", "preset to start from (default: the one that --data names, or emoji)",
                        choices=("emoji", "cc12m"))
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
-    workers: int = flag(0, "loader processes per rank; 0: load in a thread; "
-                           "-1: the rank's share of the cores", low=-1)
+    workers: int = flag(0, "loader processes per rank; 0: load between the steps, the fastest on "
+                           "two cores; -1: the rank's share of the cores", low=-1)
     crop: float = flag(0.8, "minimum area fraction of the random resized crop, up to 1", low=0,
                        high=1)
     flip: bool = flag(
@@ -92,19 +92,21 @@ class Config:
     heads: int = flag(4, "attention heads of the ViT", low=1)
     embed_dim: int = flag(256, "dimensions of the space of both towers", low=1)
     # optimization
-    epochs: float = flag(8.0, "passes over the data", low=0)
+    epochs: float = flag(6.0, "passes over the data", low=0)
     steps: int = flag(0, "optimizer steps (overrides --epochs)", low=0)
     batch_size: int = flag(256, "global batch size, over all ranks", low=2)
     accum: int = flag(
         1, "micro-batches per step (GradCache: the loss still sees the full batch)", low=1)
     optimizer: str = flag("muon", "of the matrices inside the towers (the rest: AdamW)",
                           choices=("muon", "adamw"))
-    lr: float = flag(1e-3, f"peak learning rate of AdamW; Muon's is {MUON_FACTOR} times it", low=0,
-                     high=100)
+    lr: float = flag(2.5e-4, f"peak learning rate of AdamW; Muon's is {MUON_FACTOR} times it",
+                     low=0, high=100)
     lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
                         low=0, high=1)
     weight_decay: float = flag(0.01, "decoupled, on matrices only", low=0)
-    warmup: int = flag(30, "steps of linear warm-up, then cosine towards 0", low=0)
+    warmup: int = flag(30, "steps of linear warm-up", low=0)
+    decay: str = flag("linear", "of the learning rate after the warm-up, towards 0",
+                      choices=("linear", "cosine"))
     seed: int = flag(0, "seed of the weights, the order, crops and captions", low=0,
                      high=2 ** 32 - 1)
     precision: str = flag("", "of the towers (default: bf16 where the machine is fast in it)",
@@ -149,7 +151,7 @@ RECIPES = {
         lm="roberta-base", align_layers=2, cache_lm=False, image_size=224, patch_size=16,
         stem="patch", width=768, depth=12, heads=12, embed_dim=512, epochs=35.0,
         batch_size=4096, optimizer="adamw", lr=5e-4, lm_lr=0.1, weight_decay=0.5, warmup=2000,
-        crop=0.5, workers=-1, save_every=2000),
+        decay="cosine", crop=0.5, workers=-1, save_every=2000),
 }
 # Fields that may change when a run is resumed: they change results by rounding at most. (A recipe
 # only sets other fields.) Of data and lm the content is compared, by fingerprint and by hash, not
@@ -188,7 +190,8 @@ def attention(q, k, v, mask=None):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, W) -> (B, T, W). mask: see attention()."""
+    """Pre-norm transformer block, (B, T, W) -> (B, T, W), or with first_only the first token's
+    state alone, (B, 1, W). mask: see attention()."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -204,13 +207,16 @@ class Block(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.fc2.weight)
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, first_only=False):
         B, T, W = x.shape
         # Attention: each token looks at all tokens.
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, W/H) each
+        if first_only:
+            # The first token looks at all tokens. From here on T is 1.
+            q, x = q[:, :, :1], x[:, :1]
         attended = attention(q, k, v, mask)  # (B, H, T, W/H)
-        x = x + self.proj(attended.transpose(1, 2).reshape(B, T, W))
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
         # Two-layer perceptron: each token by itself.
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
@@ -266,15 +272,20 @@ class ViT(nn.Module):
         self.register_buffer("std", torch.tensor([0.2686, 0.2613, 0.2758]).view(3, 1, 1))
 
     def forward(self, images):
-        x = self.patch_embed((images - self.mean) / self.std)  # (B, W, S/P, S/P)
+        x = (images - self.mean) / self.std
+        # The memory layout in which convolutions are fastest.
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.patch_embed(x)  # (B, W, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, W)
         # Cast to the patches' precision: under autocast, a sum with fp32 would be fp32, and with it
         # all that the blocks pass on.
         cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, T, W)
         x = x + self.pos_embed.to(x.dtype)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
+        # The class token's final state is all that counts: no other is computed.
+        x = self.blocks[-1](x, first_only=True)  # (B, 1, W)
         return self.norm(x[:, 0])
 
 
@@ -595,17 +606,24 @@ def forward_backward(parallel, objective: Contrastive, batch):
     return loss.detach(), accuracy
 
 
+# (c1, c3, c5) of c1 s + c3 s^3 + c5 s^5, as in arXiv 2505.16932: of all quintics each brings what
+# the one before leaves closest to 1, for singular values s from a hundredth up.
+QUINTICS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+
+
 def orthogonalize(x):
-    """A matrix with the singular vectors of x and singular values near 1: four Newton-Schulz steps
-    of a quintic (kellerjordan.github.io/posts/muon, which takes five)."""
+    """A matrix with the singular vectors of x and singular values near 1, by Newton-Schulz steps
+    (kellerjordan.github.io/posts/muon) with coefficients of their own."""
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.mT).mT
-    x = x / (x.norm() + 1e-7)
-    # Applies the quintic to each singular value. Those above a hundredth of the norm end between
-    # 0.7 and 1.2; a fifth step changed no result beyond noise.
-    for _ in range(4):
+    # A little below 1, so that rounding pushes no singular value out of the quintics' range.
+    x = x / (1.02 * x.norm() + 1e-7)
+    # Each step applies a quintic to all singular values. Those above a hundredth of the norm end
+    # between 0.7 and 1.3.
+    for c1, c3, c5 in QUINTICS:
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.addmm(a, a, a, beta=c3, alpha=c5)  # c3 a + c5 a a
+        x = torch.addmm(x, b, x, beta=c1)  # c1 x + b x
     return x
 
 
@@ -619,7 +637,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups, dtype):
-        super().__init__(groups, dict(momentum=0.95))
+        # Less than Muon's usual 0.95: better in a few hundred steps (docs/experiments.md).
+        super().__init__(groups, dict(momentum=0.9))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -683,13 +702,14 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     return [adamw, Muon(muon_groups, dtype)]
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
+def schedule(step: int, steps: int, warmup: int, decay: str) -> float:
     """The learning rate of `step`, 1 .. steps, as a fraction of its peak: linear warm-up, then
-    cosine towards 0."""
+    along a line or half a cosine towards 0."""
     if step <= warmup:
         return step / warmup
     # The first step after the warm-up is still at the peak.
-    return 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+    passed = (step - 1 - warmup) / (steps - warmup)
+    return 1 - passed if decay == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
 
 
 def optimizer_step(model: ParaCLIP, optimizers: list, lr_scale: float):
@@ -743,11 +763,11 @@ def train(cfg: Config, make_objective=Contrastive):
                      f"{cfg.precision}; {len(index):,} samples, left out: {dict(index.skipped)}")
         folder.start()
         # From here on there is something to save.
-        with StopSignals() as signals, contextlib.closing(read_ahead(loader)) as batches:
-            for step, batch in enumerate(batches, start=folder.step + 1):
+        with StopSignals() as signals:
+            for step, batch in enumerate(folder.fetch(loader), start=folder.step + 1):
                 # ---- the method
                 loss, accuracy = forward_backward(parallel, objective, batch)
-                lr_scale = schedule(step, steps, cfg.warmup)
+                lr_scale = schedule(step, steps, cfg.warmup, cfg.decay)
                 grad_norm = optimizer_step(model, optimizers, lr_scale)
                 # ----
                 # All ranks hear of a signal to one of them, so that they stop at the same step.
@@ -758,9 +778,9 @@ def train(cfg: Config, make_objective=Contrastive):
                                     f"not finite at step {step}: lower --lr")
                 # {reason: bad samples in whose place others were read}
                 folder.replaced.update(batch.replaced)
-                folder.log(step, cfg.batch_size, batch.waited, epoch=step / steps_per_epoch,
-                           loss=loss, accuracy=accuracy, logit_scale=logit_scale,
-                           grad_norm=grad_norm, lr=cfg.lr * lr_scale)
+                folder.log(step, cfg.batch_size, epoch=step / steps_per_epoch, loss=loss,
+                           accuracy=accuracy, logit_scale=logit_scale, grad_norm=grad_norm,
+                           lr=cfg.lr * lr_scale)
                 keep = cfg.keep_every > 0 and step % cfg.keep_every == 0
                 if step % cfg.save_every == 0 or keep or stop or step == steps:
                     # Of all ranks, since the run's first step.
@@ -845,8 +865,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     # trust_remote_code: unset, transformers may ask on the terminal whether to run a model's own
     # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
-    if not frozen and not distributed.ON_GPU:
-        # The fused kernel's backward pass is slow on a CPU, see attention().
+    if not distributed.ON_GPU:
+        # The fused kernel is slow on a CPU, see attention().
         options["attn_implementation"] = "eager"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1055,8 +1075,9 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
         # A word has one token at least. This ends early where there are hundreds of millions.
         least += sum(min(len(caption.split()), longest) for caption in new)
         check_memory(least)
-    # Captions of about equal length together need little padding.
-    captions = sorted(captions, key=lambda caption: (len(caption), caption))
+    # Captions of equally many tokens together need no padding.
+    captions = sorted(captions)
+    captions = [caption for _, caption in sorted(zip(model.count_tokens(captions), captions))]
     place_of, parts, count = {}, [], 0
     for first in tqdm(range(0, len(captions), ENCODE_BATCH), "frozen token states", disable=None,
                       leave=False):

@@ -107,11 +107,21 @@ class RunFolder:
         if self.rank == 0:
             print(text, flush=True)
 
-    def log(self, step: int, images: int, waited: float, **values):
+    def fetch(self, loader):
+        """Yields the loader's batches, and adds up how long each of them takes to come."""
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def log(self, step: int, images: int, **values):
         """Called after each step: writes a row of `values` every ROW_EVERY steps, and prints it
-        every LINE_EVERY seconds. images: the step's. waited: its seconds without a batch."""
+        every LINE_EVERY seconds. images: how many the step has."""
         self.step = step
-        self.waited += waited
         if self.rank != 0 or (step % ROW_EVERY and step != self.steps):
             return
         now = time.perf_counter()

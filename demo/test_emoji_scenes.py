@@ -188,7 +188,8 @@ def test_glyphs_are_unlike_each_other(glyphs):
     grey = Image.new("RGBA", (12, 12), "grey")
     thumbnails = []
     for image, _ in glyphs:
-        thumbnail = Image.alpha_composite(grey, image.resize((12, 12))).convert("RGB")
+        small = image.resize((12, 12)).convert("RGBA")
+        thumbnail = Image.alpha_composite(grey, small).convert("RGB")
         thumbnails.append(np.array(thumbnail, np.float32).flatten())
     pixels = torch.from_numpy(np.array(thumbnails))
     distances = torch.cdist(pixels, pixels, p=1) / (3 * 12 * 12)

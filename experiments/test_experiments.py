@@ -367,17 +367,20 @@ def test_flops_are_those_counted_by_hand(lm, text, passes):
     tokens = model.tokenize(["a", "a red dog left of the cat"])
     micro_batches = [(torch.zeros(2, 3, 16, 16), [tokens])] * 2
 
-    def block(T, width=4):  # forward: the weights of qkv, proj, fc1, fc2; scores, what they weigh
-        return 2 * T * (4 + 2 * width) * 32 ** 2 + 4 * T * T * 32
+    # Forward, of T tokens: qkv. Of those whose state is passed on: proj, fc1 and fc2, scores, and
+    # what they weigh.
+    def block(T, passed_on, width=4):
+        return (2 * T * 3 + 2 * passed_on * (1 + 2 * width)) * 32 ** 2 + 4 * passed_on * T * 32
 
     projection = 3 * 2 * 32 * 16
 
     def caption(T):
-        align = 3 * block(T) if text == "align" else 0
-        return passes * 2 * block(T, width=2) + align + projection
+        align = 3 * block(T, T) if text == "align" else 0
+        return passes * 2 * block(T, T, width=2) + align + projection
 
     patches = 2 * 2 * 4 * 3 * 8 ** 2 * 32  # twice: nothing asks for the gradient of an image
-    image = patches + 3 * 2 * block(1 + 4) + projection
+    # The last block of the ViT passes on the class token alone.
+    image = patches + 3 * (block(5, 5) + block(5, 1)) + projection
     assert speed.pair_flops(model, micro_batches) == (image, (caption(3) + caption(9)) / 2)
 
 
