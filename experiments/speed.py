@@ -23,7 +23,6 @@ import resource
 import sys
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -140,17 +139,14 @@ def measure(cfg: SpeedConfig) -> dict:
                                    distributed.ON_GPU))
     batch = next(batches)
     waited = []
-    fetcher = ThreadPoolExecutor(1)
 
     def step():
-        # As in training, a thread fetches the next batch while this one is computed.
         nonlocal batch
-        upcoming = fetcher.submit(next, batches)
         loss, _ = forward_backward(parallel, objective, batch)
         optimizer_step(model, optimizers, 0.1)
         loss.item()
         began = time.perf_counter()
-        batch = upcoming.result()
+        batch = next(batches)
         waited.append(time.perf_counter() - began)
 
     def image_tower():
@@ -186,7 +182,6 @@ def measure(cfg: SpeedConfig) -> dict:
         with torch.profiler.profile() as profiler:
             timed(step, 3)
         print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=10))
-    fetcher.shutdown()
 
     image, text = pair_flops(model, batch.micro_batches)
     product = min(all_gather_object(product_rate(device, model.bf16)))
