@@ -179,11 +179,12 @@ class LeCunLinear(nn.Linear):
 
 
 def attention(q, k, v, mask=None):
-    """Softmax attention, (B, H, T, W/H) each. mask (B, 1, 1, T) is True at real tokens."""
+    """Softmax attention, (B, H, T, W/H) each; q may have one token alone. mask (B, 1, 1, T) is True
+    at real tokens."""
     if distributed.ON_GPU:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # On a CPU the fused kernel's backward pass takes 8 times as long in bf16.
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T, T)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, T or 1, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, -1e9)
     return scores.softmax(-1) @ v
@@ -213,9 +214,9 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, W // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, W/H) each
         if first_only:
-            # The first token looks at all tokens. From here on T is 1.
+            # From here on x and q have the first token alone, k and v still have all.
             q, x = q[:, :, :1], x[:, :1]
-        attended = attention(q, k, v, mask)  # (B, H, T, W/H)
+        attended = attention(q, k, v, mask)  # (B, H, T or 1, W/H)
         x = x + self.proj(attended.transpose(1, 2).flatten(2))
         # Two-layer perceptron: each token by itself.
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
@@ -282,10 +283,11 @@ class ViT(nn.Module):
         cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # (B, T, W)
         x = x + self.pos_embed.to(x.dtype)
-        for block in self.blocks[:-1]:
+        *earlier_blocks, last_block = self.blocks
+        for block in earlier_blocks:
             x = block(x)
-        # The class token's final state is all that counts: no other is computed.
-        x = self.blocks[-1](x, first_only=True)  # (B, 1, W)
+        # The class token's final state is all that is used, so no other is computed.
+        x = last_block(x, first_only=True)  # (B, 1, W)
         return self.norm(x[:, 0])
 
 
@@ -606,8 +608,8 @@ def forward_backward(parallel, objective: Contrastive, batch):
     return loss.detach(), accuracy
 
 
-# (c1, c3, c5) of c1 s + c3 s^3 + c5 s^5, as in arXiv 2505.16932: of all quintics each brings what
-# the one before leaves closest to 1, for singular values s from a hundredth up.
+# (c1, c3, c5) of c1 s + c3 s^3 + c5 s^5. As in arXiv 2505.16932, each is the quintic that brings the
+# range which the one before leaves closest to 1; the first starts from [0.01, 1].
 QUINTICS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
@@ -763,8 +765,8 @@ def train(cfg: Config, make_objective=Contrastive):
                      f"{cfg.precision}; {len(index):,} samples, left out: {dict(index.skipped)}")
         folder.start()
         # From here on there is something to save.
-        with StopSignals() as signals:
-            for step, batch in enumerate(folder.fetch(loader), start=folder.step + 1):
+        with StopSignals() as signals, contextlib.closing(folder.fetch(loader)) as batches:
+            for step, batch in enumerate(batches, start=folder.step + 1):
                 # ---- the method
                 loss, accuracy = forward_backward(parallel, objective, batch)
                 lr_scale = schedule(step, steps, cfg.warmup, cfg.decay)
@@ -865,8 +867,8 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     # trust_remote_code: unset, transformers may ask on the terminal whether to run a model's own
     # code. dtype: some configurations ask for fp16, and training would then be in fp16.
     options = {"trust_remote_code": False, "dtype": torch.float32}
-    if not distributed.ON_GPU:
-        # The fused kernel is slow on a CPU, see attention().
+    if not frozen and not distributed.ON_GPU:
+        # The fused kernel's backward pass is slow on a CPU, see attention().
         options["attn_implementation"] = "eager"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1075,9 +1077,11 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
         # A word has one token at least. This ends early where there are hundreds of millions.
         least += sum(min(len(caption.split()), longest) for caption in new)
         check_memory(least)
-    # Captions of equally many tokens together need no padding.
-    captions = sorted(captions)
-    captions = [caption for _, caption in sorted(zip(model.count_tokens(captions), captions))]
+    # Captions of equally many tokens together need hardly any padding.
+    captions, counts = sorted(captions), []
+    for first in range(0, len(captions), ENCODE_BATCH):
+        counts += model.count_tokens(captions[first:first + ENCODE_BATCH])
+    captions = [caption for _, caption in sorted(zip(counts, captions))]
     place_of, parts, count = {}, [], 0
     for first in tqdm(range(0, len(captions), ENCODE_BATCH), "frozen token states", disable=None,
                       leave=False):
