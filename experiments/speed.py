@@ -16,6 +16,7 @@ backward, on real tokens; not padding, the second forward pass of --accum, the l
 8, and needs neither a GPU nor the data: see `count_memory`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -24,6 +25,7 @@ import sys
 import time
 import weakref
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -227,6 +229,10 @@ def print_report(report: dict):
 
 
 # ---- memory --------------------------------------------------------------------------------------
+# The model and its attention choose what suits a GPU, also where there is none.
+AS_ON_GPU = mock.patch.object(distributed, "ON_GPU", True)
+
+
 class MemoryCounter(TorchDispatchMode):
     """Counts the bytes of tensors: `alive` now, and their `peak`. What is made while it is active
     counts by itself; what was there before has to be added."""
@@ -267,15 +273,17 @@ def make_fake(model: nn.Module, mode: FakeTensorMode):
                 module._buffers[name] = mode.from_tensor(buffer)
 
 
+@AS_ON_GPU
 def fake_model(cfg: SpeedConfig, mode: FakeTensorMode):
     """The model of a configuration, as on a GPU, in fake tensors."""
-    distributed.ON_GPU = True
     model, _, _ = build(cfg, torch.device("cpu"))
-    distributed.ON_GPU = False
     make_fake(model, mode)
+    # Of several ranks with --accum, DistributedDataParallel's is called.
+    model.no_sync = contextlib.nullcontext
     return model
 
 
+@AS_ON_GPU
 def count_memory(cfg: SpeedConfig, model, mode: FakeTensorMode, ranks: int, accum: int) -> dict:
     """Peak memory of one rank in a step, as {ranks, accum, weights_gb, rest_gb, peak_gb}.
 

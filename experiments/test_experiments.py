@@ -417,10 +417,19 @@ def test_memory_counter_follows_live_tensors():
     assert (counter.alive, counter.peak) == (0, 8000)
 
 
-def test_memory_falls_with_ranks_and_accum(lm):
+def test_memory_falls_with_ranks_and_accum(lm, monkeypatch):
+    real, lengths = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def fused(q, k, v, **options):
+        lengths.add(k.shape[-2])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     cfg = speed.SpeedConfig(**TINY | dict(lm=lm, batch_size=256, optimizer="adamw", depth=1))
     mode = speed.FakeTensorMode()
     model = speed.fake_model(cfg, mode)
     peaks = [speed.count_memory(cfg, model, mode, ranks, accum)["peak_gb"]
-             for ranks, accum in ((1, 1), (2, 1), (1, 2))]
-    assert peaks[0] > 1.8 * peaks[1] and peaks[0] > 1.8 * peaks[2]
+             for ranks, accum in ((1, 1), (2, 1), (1, 2), (2, 2))]
+    assert peaks[0] > 1.8 * peaks[1] and peaks[0] > 1.8 * peaks[2] > 1.8 ** 2 * peaks[3]
+    # As on a GPU, the image tower's attention is fused: four patches and the class token.
+    assert 5 in lengths
