@@ -274,7 +274,7 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = (images - self.mean) / self.std
-        # The memory layout in which convolutions are fastest.
+        # Convolutions are faster in this memory layout.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.patch_embed(x)  # (B, W, S/P, S/P)
         x = x.flatten(2).transpose(1, 2)  # (B, T-1, W)
@@ -608,8 +608,8 @@ def forward_backward(parallel, objective: Contrastive, batch):
     return loss.detach(), accuracy
 
 
-# (c1, c3, c5) of c1 s + c3 s^3 + c5 s^5. As in arXiv 2505.16932, each is the quintic that brings the
-# range which the one before leaves closest to 1; the first starts from [0.01, 1].
+# (c1, c3, c5) of quintics c1 s + c3 s^3 + c5 s^5, as in arXiv 2505.16932. The first brings singular
+# values s of [0.01, 1] as close to 1 as a quintic can, each other one what the one before leaves.
 QUINTICS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
