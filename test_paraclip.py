@@ -2041,6 +2041,18 @@ def test_the_log_says_what_share_of_the_time_the_loader_takes(lm, tmp_path, monk
     assert 0.3 < row["data_wait"] < 0.7
 
 
+def test_a_failed_training_leaves_no_workers_behind(lm, tmp_path, monkeypatch):
+    others = multiprocessing.active_children()
+    monkeypatch.setattr(paraclip, "optimizer_step", step_that_calls(fail, at=2))
+    with pytest.raises(UserError, match="this rank has failed") as caught:
+        train(lm, write_shards(tmp_path / "s", [40]), tmp_path / "run", workers=2)
+    # The error, which is still held here, holds the frames of the training.
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    for worker in workers:
+        worker.join(timeout=5)
+    assert caught.tb and not any(worker.is_alive() for worker in workers)
+
+
 class FullDisk(io.FileIO):
     """A file of which only the first bytes are written."""
 
