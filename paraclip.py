@@ -672,19 +672,22 @@ def trained_weights(model: ParaCLIP) -> dict:
 
 
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
-    """AdamW, or Muon for linear layers and convolutions inside the towers and AdamW for the rest.
+    """AdamW alone, or Muon for the linear layers and convolutions inside the towers, and for the
+    text projection of --text frozen, and AdamW for the rest.
 
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
     logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
     rare synonym is such a word.
     """
-    inner_weights = set()
-    for tower in (model.image_tower, model.text_tower):
-        for layer in tower.modules():
-            # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                inner_weights.add(id(layer.weight))
+    layers = [*model.image_tower.modules(), *model.text_tower.modules()]
+    if cfg.text == "frozen":
+        # The only text weights that learn: the model finds far more images if Muon trains them.
+        # Beside other trained layers AdamW is a little better (docs/experiments.md).
+        layers.append(model.text_proj)
+    # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
+    muon_weights = {id(layer.weight) for layer in layers
+                    if isinstance(layer, (nn.Linear, nn.Conv2d))}
     # A group is a weight with its learning rate and decay.
     muon_groups, adamw_groups = [], []
     for name, p in trained_weights(model).items():
@@ -694,7 +697,7 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
             decay = 0.0
         if cfg.text == "finetune" and name.startswith("text_tower.lm."):
             lr, decay = lr * cfg.lm_lr, 0.0
-        if cfg.optimizer == "muon" and id(p) in inner_weights:
+        if cfg.optimizer == "muon" and id(p) in muon_weights:
             groups, lr = muon_groups, MUON_FACTOR * lr
         groups.append(dict(params=[p], lr=lr, peak_lr=lr, weight_decay=decay))
     adamw = torch.optim.AdamW(adamw_groups, betas=(0.9, 0.98), eps=1e-6, fused=True)

@@ -399,6 +399,23 @@ def test_pretrained_weights_change_if_trained(lm, text, changes):
     assert same(model.text_tower.lm.state_dict(), pretrained_state(lm)) != changes
 
 
+@pytest.mark.parametrize("text", ["frozen", "align", "finetune"])
+def test_muon_trains_the_matrices_inside_the_towers(lm, text):
+    model = build(lm, text=text)
+    adamw, muon = paraclip.make_optimizers(model, Config(**TINY | dict(text=text)))
+    by_muon = {id(p) for group in muon.param_groups for p in group["params"]}
+    by_adamw = {id(p) for group in adamw.param_groups for p in group["params"]}
+    names = {id(p): name for name, p in paraclip.trained_weights(model).items()}
+    # Each weight has one optimizer.
+    assert not by_muon & by_adamw and by_muon | by_adamw == set(names)
+    expected = {name for name, p in paraclip.trained_weights(model).items()
+                if p.ndim in (2, 4) and "embeddings" not in name and "_proj." not in name}
+    # The text projection is all that learns on the text side of --text frozen.
+    if text == "frozen":
+        expected.add("text_proj.weight")
+    assert {names[key] for key in by_muon} == expected
+
+
 ENCODERS = ["albert", "bert", "deberta-v2", "distilbert", "modernbert", "mpnet", "roberta"]
 DECODERS = ["clip_text_model", "gpt2", "llama", "opt", "qwen3"]
 # Every size under each name that one of these families has for it.
