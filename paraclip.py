@@ -1126,7 +1126,7 @@ def checkpoint_state(cfg: Config, model: ParaCLIP, optimizers: list) -> dict:
 
 def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
     """Loads all trained weights, and the optimizers' states. Raises UserError unless each weight
-    fits, and unless the language model is the one that the run was trained on."""
+    and each optimizer fits, and the language model is the one that the run was trained on."""
     if model.text_tower.lm_hash != checkpoint["lm"]["sha256"]:
         raise UserError(f"the language model is not {checkpoint['lm']['name']} as it was in "
                         "training: its words, configuration or weights have changed")
@@ -1136,7 +1136,11 @@ def restore(model: ParaCLIP, checkpoint: dict, optimizers=()):
     # Not strict, since a frozen language model's weights are not in the checkpoint.
     model.load_state_dict(checkpoint["model"], strict=False)
     for i, optimizer in enumerate(optimizers):
-        optimizer.load_state_dict(checkpoint["optimizers"][i])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizers"][i])
+        except ValueError as error:
+            raise UserError("the checkpoint was written by another version: its optimizer does not "
+                            f"fit: {error}") from None
 
 
 def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> ParaCLIP:

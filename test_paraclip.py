@@ -416,6 +416,18 @@ def test_muon_trains_the_matrices_inside_the_towers(lm, text):
     assert {names[key] for key in by_muon} == expected
 
 
+def test_optimizers_of_another_version_do_not_fit(lm):
+    cfg = Config(**TINY | dict(text="frozen"))
+    model = build(lm, text="frozen")
+    optimizers = paraclip.make_optimizers(model, cfg)
+    checkpoint = paraclip.checkpoint_state(cfg, model, optimizers)
+    # As if AdamW had trained one of Muon's weights.
+    adamw, muon = checkpoint["optimizers"]
+    adamw["param_groups"].append(muon["param_groups"].pop())
+    with pytest.raises(UserError, match="another version: its optimizer does not fit"):
+        paraclip.restore(model, checkpoint, optimizers)
+
+
 ENCODERS = ["albert", "bert", "deberta-v2", "distilbert", "modernbert", "mpnet", "roberta"]
 DECODERS = ["clip_text_model", "gpt2", "llama", "opt", "qwen3"]
 # Every size under each name that one of these families has for it.
