@@ -672,8 +672,8 @@ def trained_weights(model: ParaCLIP) -> dict:
 
 
 def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
-    """AdamW alone, or Muon for the linear layers and convolutions inside the towers, and for the
-    text projection of --text frozen, and AdamW for the rest.
+    """With --optimizer adamw, AdamW for all weights. With muon, Muon for the linear layers and
+    convolutions inside the towers and for the text projection of --text frozen, AdamW for the rest.
 
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
     logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
@@ -682,8 +682,9 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     """
     layers = [*model.image_tower.modules(), *model.text_tower.modules()]
     if cfg.text == "frozen":
-        # The only text weights that learn: the model finds far more images if Muon trains them.
-        # Beside other trained layers AdamW is a little better (docs/experiments.md).
+        # Nothing else on the text side is trained, and the model finds far more images if Muon
+        # trains it. Where alignment layers are trained as well, AdamW is a little better for the
+        # projection (docs/experiments.md).
         layers.append(model.text_proj)
     # GPT-2 writes its linear layers as a class of its own, Conv1D: AdamW trains them.
     muon_weights = {id(layer.weight) for layer in layers
