@@ -3,6 +3,7 @@
     python -m experiments.ablation                            # the emoji scenes
     python -m experiments.ablation --data flickr8k --sts stsb-dev.csv --equal-time --jobs 2
     python -m experiments.ablation --split val --rows align --seeds 0 -- --steps 900
+    python -m experiments.ablation --rows frozen:mean frozen:max align:mean align:max
 
 What stands after -- is passed to every training. A run lies in OUT/ROW-SEED. The same command again
 resumes what was interrupted, skips what is finished, and prints the tables: Markdown, values x100,
@@ -26,6 +27,7 @@ from common.distributed import usable_cores
 from common.files import atomic_write, data_folder
 from demo.emoji_scenes import emoji_folder
 from experiments.where_lost import search_captions, text_columns, without_training
+from paraclip import POOLS
 
 # What makes a row: the program, and its flags.
 ROWS = {
@@ -69,14 +71,15 @@ SETTINGS = {
 
 @dataclass
 class AblationConfig:
-    rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)} (default: "
-                           f"{' '.join(DEFAULT_ROWS)})")
+    rows: list[str] = flag([], f"rows of the table, of {', '.join(ROWS)}; ROW:POOL for another "
+                               f"--pool than its own (default: {' '.join(DEFAULT_ROWS)})")
     seeds: list[str] = flag([], "seeds of the trainings (default: 0 1 2)")
     data: str = flag("emoji", "name of a folder in $PARACLIP_DATA, or its absolute path, with "
                               "train/, val/, test/")
     split: str = flag("test", "what is measured on; val is for choices", choices=("test", "val"))
     sts: str = flag("", "file for eval_paraphrase.py")
     triplets: list[str] = flag([], "files for eval_paraphrase.py")
+    zeroshot: str = flag("", "a folder per class, for eval_paraphrase.py")
     out: str = flag("", "folder of the run folders (default: runs/ablation-<data>)")
     equal_time: bool = flag(False, "also train each row for as long as align takes")
     where_lost: bool = flag(False, "also let the text towers search captions instead of images")
@@ -88,12 +91,16 @@ class AblationConfig:
         self.seeds = self.seeds or ["0", "1", "2"]
         self.out = self.out or f"runs/ablation-{Path(self.data).name}"
         for row in self.rows:
-            if row not in ROWS:
-                raise UserError(f"--rows {row}: expected some of {' '.join(ROWS)}")
+            name, colon, pool = row.partition(":")
+            if name not in ROWS or colon and pool not in POOLS:
+                raise UserError(f"--rows {row}: expected some of {' '.join(ROWS)}, alone or with "
+                                f"one of {' '.join(':' + pool for pool in POOLS)}")
         for name in ("rows", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} {' '.join(values)}: expected each of them once")
+        if self.zeroshot and self.data == "emoji":
+            raise UserError("--zeroshot: the emoji benchmark has classes of its own")
         if self.equal_time and "align" not in self.rows:
             raise UserError("--equal-time needs align among --rows, whose time the others get")
 
@@ -145,6 +152,11 @@ def measurements(cfg: AblationConfig) -> dict[str, list[str]]:
               ["--benchmark", cfg.data, "--split", cfg.split]}
     if cfg.sts:
         chosen[f"sts-{content_hash([Path(cfg.sts)])}"] = ["--sts", cfg.sts]
+    if cfg.zeroshot:
+        folder = Path(cfg.zeroshot)
+        if not folder.is_dir():
+            raise UserError(f"--zeroshot {folder}: no such folder")
+        chosen[f"zeroshot-{content_hash([folder])}"] = ["--zeroshot", cfg.zeroshot]
     if cfg.triplets:
         files = [Path(file) for file in cfg.triplets]
         chosen[f"triplets-{content_hash(files)}"] = ["--triplets", *cfg.triplets]
@@ -161,10 +173,14 @@ def reports_of(run: Path, measured: dict[str, list[str]]) -> list[Path]:
 def train_and_measure(cfg: AblationConfig, measured: dict, extra: list[str], row: str, seed: str,
                       steps: int) -> Path:
     """The run folder, trained and measured. steps: 0 for what the other flags say."""
-    run = Path(cfg.out, f"{row}-{seed}-{steps}" if steps else f"{row}-{seed}")
+    name, _, pool = row.partition(":")
+    parts = [name, pool, seed, str(steps) if steps else ""]
+    run = Path(cfg.out, "-".join(filter(None, parts)))
     settings = SETTINGS.get(Path(cfg.data).name, {})
-    program, *training_flags = ROWS[row]
-    training_flags += [*settings.get("all", []), *settings.get(row, []), *extra]
+    program, *training_flags = ROWS[name]
+    training_flags += [*settings.get("all", []), *settings.get(name, []), *extra]
+    if pool:
+        training_flags += ["--pool", pool]
     if steps:
         training_flags += ["--steps", steps]
     shards = "emoji" if cfg.data == "emoji" else cfg.folder() / "train"
@@ -365,7 +381,7 @@ def main(argv=None):
                  for row, folders in runs["results"].items()}
         # Rows whose language model keeps its pretrained weights.
         frozen_rows = [row for row in cfg.rows
-                       if "frozen" in ROWS[row] or "align" in ROWS[row]]
+                       if {"frozen", "align"} & set(ROWS[row.partition(":")[0]])]
         if frozen_rows:
             run = runs["results"][frozen_rows[0]][0]
             found = without_training(run, split, cfg.sts, cfg.triplets)

@@ -19,7 +19,8 @@ test   The official test images and, as distractors or as what is asked for, eve
        Pairs: two sentences made from captions of exactly one common image, which entail each other,
        of relatedness 4.5 to 5 (the top of the scale), without a negation.
 val    The other official dev images. Its pairs are made without SICK: two captions of one image
-       that differ in one content word, and captions rewritten by rule (see `val_pairs`).
+       that differ in one content word, and captions rewritten by rule (see `val_pairs`). So are its
+       pairs that change the meaning: a negation, or another word of EXCLUSIVE.
 train  All other images. One with the same bytes as an image of test or val is left out.
 
 A caption is found by its letters and digits alone: captions differ from the sentences' originals in
@@ -75,6 +76,11 @@ PARTICIPLES = dict(
     shaken="shake", shown="show", sold="sell", sung="sing", taken="take", thrown="throw",
     worn="wear")
 NEGATION = re.compile(r"\b(no|not|none|nobody|nothing|never|neither|nor|without)\b|n't\b")
+# Val: a word of the first line replaced by the word below it, or the other way round, makes a caption
+# that cannot mean the same.
+EXCLUSIVE = [
+    "man men boy boys dog dogs black red green yellow two summer indoor day".split(),
+    "woman women girl girls cat cats white blue purple pink four winter outdoor night".split()]
 # "a red ball" before a function word, a verb in -ing, or the end: more words may belong to a noun
 # that stands before anything else ("a red ball cap").
 FUNCTION_WORD = "|".join(sorted(FUNCTION_WORDS))
@@ -173,10 +179,25 @@ def with_clause(caption: str) -> str:
     return COLOURED_NOUN.sub(r"\1 \3 which is \2", caption, count=1)
 
 
+def negated(caption: str) -> str:
+    """"A dog in a park" -> "No dog in a park"; only what starts with an article."""
+    return re.sub(r"^An? ", "No ", caption)
+
+
+def with_other_word(caption: str) -> str:
+    """"A man and two dogs" -> "A woman and two dogs": the first word that EXCLUSIVE holds."""
+    first, second = EXCLUSIVE
+    other = dict(zip(first + second, second + first))
+    words = rf"\b({'|'.join(other)})\b"
+    return re.sub(words, lambda match: other[match[0].lower()], caption, count=1,
+                  flags=re.IGNORECASE)
+
+
 def val_pairs(captions: dict[str, list[str]]) -> list[dict]:
     """At most one pair of each kind for an image, the first that is found: two of its captions
     that differ in one content word at most, of three or more, longest first; or a caption and
-    what `with_the` and `with_clause` make of it."""
+    what `with_the` and `with_clause` make of it. Beside each of these, for contrast, its query and
+    what `negated` and `with_other_word` make of it."""
     pairs = []
     for image, texts in captions.items():
         candidates = []
@@ -188,12 +209,19 @@ def val_pairs(captions: dict[str, list[str]]) -> list[dict]:
         candidates.sort(key=lambda pair: -len(content_words(pair[0])))
         for text in texts:
             candidates += [(text, with_the(text)), (text, with_clause(text))]
-        kinds = set()
+        kinds, queries = set(), {}
         for first, second in candidates:
             kind = kind_of(first, second)
             if kind and kind not in kinds:
                 kinds.add(kind)
                 pairs.append({"query": first, "paraphrase": second, "image": image, "kind": kind})
+                queries[first] = {"opposite: negation": negated(first),
+                                  "opposite: words": with_other_word(first)}
+        for query, opposites in queries.items():
+            for kind, changed in opposites.items():
+                if changed != query:
+                    pairs.append({"query": query, "paraphrase": changed,
+                                  "group": Path(image).stem, "kind": kind, "same": False})
     return pairs
 
 

@@ -160,8 +160,24 @@ def test_opposites_are_those_that_people_judged_so_and_come_last(benchmark):
 
 def test_val_pairs_come_from_captions_alone():
     captions = {"x.jpg": ["A black dog leaps .", "A black dog jumps .", "a hat", "a cap", "a bag"]}
-    pairs = {pair["kind"]: pair["paraphrase"] for pair in flickr8k.val_pairs(captions)}
-    assert pairs == {"words": "A black dog jumps .", "article": "The black dog leaps ."}
+    pairs = flickr8k.val_pairs(captions)
+    same = {pair["kind"]: pair["paraphrase"] for pair in pairs if "same" not in pair}
+    assert same == {"words": "A black dog jumps .", "article": "The black dog leaps ."}
+    # Once, although two pairs have this query.
+    assert pairs[2:] == [
+        {"query": "A black dog leaps .", "paraphrase": "No black dog leaps .", "group": "x",
+         "kind": "opposite: negation", "same": False},
+        {"query": "A black dog leaps .", "paraphrase": "A white dog leaps .", "group": "x",
+         "kind": "opposite: words", "same": False}]
+
+
+@pytest.mark.parametrize("caption, other", [
+    ("A man and two dogs", "A woman and two dogs"),
+    ("The woman", "The man"),
+    ("Four cats , many men", "two cats , many men"),
+    ("A manly catfish", "A manly catfish")])
+def test_one_word_is_exchanged_for_one_that_excludes_it(caption, other):
+    assert flickr8k.with_other_word(caption) == other
 
 
 def test_recall_is_over_official_test_images(benchmark):
@@ -294,6 +310,20 @@ def test_a_row_has_settings_of_its_own(benchmark, monkeypatch, tmp_path):
     ablation.complete(cfg, {}, ["--width", "8"], {})
     assert calls[0][-8:] == ("--text", "scratch", "--steps", "7", "--lr", "0.5", "--width", "8")
     assert calls[1][-6:] == ("--text", "align", "--steps", "7", "--width", "8")
+
+
+def test_a_row_with_another_pooling(benchmark, monkeypatch):
+    monkeypatch.setattr(ablation, "SETTINGS", {"tiny": {"frozen": ["--steps", "7"]}})
+    monkeypatch.setattr(ablation, "reports_of", lambda run, measured: [])
+    calls = []
+    monkeypatch.setattr(ablation, "run_program", lambda name, *argv: calls.append(argv))
+    cfg = ablation.AblationConfig(data=str(benchmark), rows=["frozen", "frozen:max"], seeds=["0"])
+    folders = ablation.complete(cfg, {}, [], {})
+    # The last --pool counts, and each pooling has its run folder.
+    assert calls[1][-6:] == ("--pool", "mean", "--steps", "7", "--pool", "max")
+    assert [runs[0].name for runs in folders.values()] == ["frozen-0", "frozen-max-0"]
+    with pytest.raises(UserError, match="frozen:mode: expected some of"):
+        ablation.AblationConfig(rows=["frozen:mode"])
 
 
 def test_pairs_without_kinds_make_a_table_too(benchmark, lm, programs, capsys, tmp_path):
