@@ -371,13 +371,16 @@ def test_retrained_weights_are_measured_again(tmp_path):
     assert ablation.reports_of(tmp_path, {"test": []}) != before
 
 
-def test_caption_search_matches_plain_numpy(benchmark):
-    class Letters:
-        def encode_text(self, texts):
-            counts = [[text.lower().count(letter) + 0.1 for letter in string.ascii_lowercase]
-                      for text in texts]
-            return torch.tensor(counts)
+class Letters:
+    """A text tower that counts letters."""
 
+    def encode_text(self, texts):
+        counts = [[text.lower().count(letter) + 0.1 for letter in string.ascii_lowercase]
+                  for text in texts]
+        return torch.tensor(counts)
+
+
+def test_caption_search_matches_plain_numpy(benchmark):
     index = data.ShardIndex(str(benchmark / "test"))
     pair = read_pairs(benchmark / "test")[2]
     texts = [index.captions(i)[0] for i in range(len(index))]
@@ -387,6 +390,23 @@ def test_caption_search_matches_plain_numpy(benchmark):
     overlap = eval_paraphrase.average_overlap(*ranked)
     found = where_lost.overlap_by_kind(Letters(), benchmark / "test")
     assert found["AO@10 order, captions"] == pytest.approx(100 * overlap)
+
+
+def test_contrast_of_a_caption_search(benchmark):
+    with open(benchmark / "test/pairs.jsonl", "a") as file:
+        for query, changed in (("A dog is in", "A cat is near"), ("A cat is asleep", "A dog")):
+            file.write(json.dumps({"query": query, "paraphrase": changed, "same": False}) + "\n")
+    pairs = read_pairs(benchmark / "test")
+    texts = [pair[side] for pair in pairs for side in ("query", "paraphrase")]
+    index = data.ShardIndex(str(benchmark / "test"))
+    captions = {name: index.captions(i)[0]
+                for i, name in enumerate(sorted(images_in(benchmark / "test")))}
+    images, texts = [{name: Letters().encode_text([text])[0].numpy()
+                      for name, text in named.items()}
+                     for named in (captions, dict(zip(texts, texts)))]
+    expected = invariance.measure(pairs, images, texts)
+    found = where_lost.overlap_by_kind(Letters(), benchmark / "test")
+    assert found["contrast, captions"] == pytest.approx(100 * expected["contrast"])
 
 
 # ---- speed ---------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ much there was to lose. `python -m experiments.ablation --where-lost` prints bot
 
 from pathlib import Path
 
-
-
 import data
 from torch.nn.functional import normalize
 
@@ -30,13 +28,14 @@ def text_columns(report: dict) -> dict[str, float]:
 
 
 def overlap_by_kind(model, split: Path) -> dict[str, float]:
-    """{column: AO@10 x100} for each kind of pair; the gallery is one caption of each image.
+    """{column: AO@10 x100} for each kind of pair, and contrast x100 if some pairs change the
+    meaning; the gallery is one caption of each image.
 
     split: folder of a benchmark's split. Features are those of model.encode_text.
     """
     index = data.ShardIndex(str(split))
     captions = [index.captions(i)[0] for i in range(len(index))]
-    pairs = [pair for pair in evaluation.read_pairs(split / "pairs.jsonl") if pair.same]
+    pairs = evaluation.read_pairs(split / "pairs.jsonl")
     gallery = evaluation.embed_texts(model, captions, EMBED_CONFIG)
     ranked = {}
     for side in ("query", "paraphrase"):
@@ -48,6 +47,9 @@ def overlap_by_kind(model, split: Path) -> dict[str, float]:
     for kind in dict.fromkeys(pair.kind for pair in pairs):
         of_kind = [pair.kind == kind for pair in pairs]
         found[f"AO@10 {kind or 'all pairs'}, captions"] = 100 * overlaps[of_kind].mean()
+    compared = evaluation.comparisons(pairs)
+    if len(compared):
+        found["contrast, captions"] = 100 * evaluation.contrast(*overlaps[compared.T]).mean()
     return found
 
 
