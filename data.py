@@ -279,14 +279,16 @@ class Sample(NamedTuple):
 class TrainingSet(Dataset):
     """TrainingSet[epoch, i] is the Sample that stands for sample i in this epoch.
 
-    Crop, mirroring, and caption where a sample has several, are functions of (seed, epoch, i).
-    A sample that proves bad is replaced by another one. Raises UserError if too many are bad.
+    Crop, other changes of the image, and caption where a sample has several, are functions of
+    (seed, epoch, i). A sample that proves bad is replaced by another one. Raises UserError if too
+    many are bad.
     """
     index: ShardIndex
     image_size: int
     min_area: float  # of a crop, as a share of the image
     flip: bool
     seed: int
+    augment: bool = False
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, i = key
@@ -306,6 +308,9 @@ class TrainingSet(Dataset):
             caption = captions[0] if len(captions) == 1 else rng.choice(captions)
             if self.flip and rng.random() < 0.5:
                 image = image.flip(-1)
+            if self.augment:
+                image = change_colours(image, rng)
+                image = blot_out(image, rng)
             return Sample(image, caption, captions, epoch, i, fault)
         raise UserError(f"{MAX_REPLACEMENTS} samples in a row cannot be read, the first: {fault}")
 
@@ -355,7 +360,7 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, w
     """Iterates over this rank's Batch of each of the steps start + 1 .. steps, see `collate`.
 
     The batches are the same for any cfg.workers. cfg has batch_size (global), accum, image_size,
-    crop (minimum area), flip, seed and workers.
+    crop (minimum area), flip, augment, seed and workers.
     """
     # Every tensor that a worker hands over takes a file descriptor.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -363,7 +368,7 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, w
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
     return make_loader(
-        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed), cfg.workers,
+        TrainingSet(index, cfg.image_size, cfg.crop, cfg.flip, cfg.seed, cfg.augment), cfg.workers,
         batch_sampler=batch_order(index, cfg.batch_size, cfg.seed, start, steps, rank, world_size),
         collate_fn=functools.partial(collate, accum=cfg.accum, tokenize=tokenize,
                                      objective=objective),
@@ -715,6 +720,25 @@ def random_crop(image: torch.Tensor, size: int, min_area: float, rng: random.Ran
     crop = image[None, :, top:top + h, left:left + w]
     # Bilinear as in SLIP's training; bicubic, as in evaluation, would take a seventh longer.
     return torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def change_colours(image: torch.Tensor, rng: random.Random):
+    """uint8 (3, S, S) with its brightness, contrast and saturation times 0.7 .. 1.3 each."""
+    for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+        image = adjust(image, rng.uniform(0.7, 1.3))
+    return image
+
+
+def blot_out(image: torch.Tensor, rng: random.Random):
+    """uint8 (3, S, S), of which half get a rectangle of the image's mean grey, a fifth to a half of
+    S on each side (random erasing, arXiv 1708.04896)."""
+    if rng.random() < 0.5:
+        return image
+    size = image.shape[-1]
+    height, width = [round(size * rng.uniform(0.2, 0.5)) for _ in range(2)]
+    top, left = rng.randint(0, size - height), rng.randint(0, size - width)
+    grey = image.float().mean().to(torch.uint8)
+    return TF.erase(image, top, left, height, width, grey)
 
 
 def cut_long_side(image: Image.Image) -> Image.Image:

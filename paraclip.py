@@ -72,6 +72,8 @@ class Config:
                        high=1)
     flip: bool = flag(
         False, "mirror half of the training images; wrong where captions say left or right")
+    augment: bool = flag(
+        False, "change the colours of training images, and blot out a part of half of them")
     # text tower
     text: str = flag("align", "how the language model is used, see TextTower",
                      choices=("scratch", "finetune", "frozen", "align"))

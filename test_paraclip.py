@@ -1195,7 +1195,8 @@ class OneCaption:
 
 def training_loader(index, start=0, steps=8, rank=0, world_size=1, tokenize=as_letters,
                     objective=OneCaption(), **options):
-    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False, workers=0)
+    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False, augment=False,
+                    workers=0)
     vars(cfg).update(options)
     return data.training_loader(index, cfg, start, steps, rank, world_size, tokenize, objective)
 
@@ -1310,6 +1311,51 @@ def test_flip_mirrors_half_of_the_images_and_changes_nothing_else(three_captions
             assert np.array_equal(image.numpy()[:, :, ::-1], other.numpy())
             mirrored += 1
     assert 10 <= mirrored <= 30
+
+
+def test_augment_changes_the_image_and_nothing_else(three_captions):
+    plain, changing = [data.TrainingSet(three_captions, 8, 0.5, False, 0, augment)
+                       for augment in (False, True)]
+    for i in range(40):
+        assert plain[0, i].caption == changing[0, i].caption
+        image = changing[0, i].image
+        assert torch.equal(image, changing[0, i].image)
+        assert not torch.equal(image, plain[0, i].image) and image.dtype == torch.uint8
+
+
+def test_half_of_the_images_are_blotted_out_by_a_grey_rectangle():
+    rng, blotted = random.Random(0), 0
+    for _ in range(200):
+        # Red, so that the mean of one channel is not that of all.
+        image = torch.randint(200, (3, 20, 20), dtype=torch.uint8)
+        image[0] += 50
+        other = data.blot_out(image, rng)
+        rows, columns = np.nonzero((image != other).any(0).numpy())
+        if len(rows):
+            part = other[:, rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            assert (part == int(image.float().mean())).all()
+            assert all(4 <= side <= 10 for side in part.shape[1:])
+            blotted += 1
+    assert 70 <= blotted <= 130
+
+
+def test_brightness_contrast_and_saturation_change_by_a_third_at_most():
+    # Two colours in equal parts: brightness moves their mean, contrast their distance from it.
+    image = torch.tensor([100, 120], dtype=torch.uint8).repeat(3, 4, 2)
+    coloured = torch.tensor([100, 120, 140], dtype=torch.uint8)[:, None, None].repeat(1, 4, 4)
+    rng, means, distances, spreads = random.Random(0), [], [], []
+    for _ in range(100):
+        changed = data.change_colours(image, rng).float()
+        means.append(changed.mean() / 110)
+        distances.append((changed[..., 1] - changed[..., 0]).mean() / 20)
+        changed = data.change_colours(coloured, rng).float()
+        spreads.append((changed[2] - changed[0]).mean() / 40)
+    # Pixels are rounded.
+    assert 0.67 < min(means) < 0.76 and 1.24 < max(means) < 1.32
+    # Two factors act on a distance of greys, brightness and contrast: 0.49 .. 1.69 together. A third
+    # one, saturation, acts on a distance of colours: 0.34 .. 2.2.
+    assert 0.45 < min(distances) < 0.65 and 1.4 < max(distances) < 1.75
+    assert 0.3 < min(spreads) < 0.5 and 1.75 < max(spreads) < 2.25
 
 
 def test_bad_images_are_replaced_and_counted(tmp_path):

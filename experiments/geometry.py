@@ -27,6 +27,7 @@ TARGET_BYTES = 2 << 30  # memory for the targets, on each rank
 @dataclass
 class GeometryConfig(Config):
     weight: float = flag(2.0, "weight of geometry_loss beside the contrastive loss", low=0)
+    text_term: bool = flag(True, "ask texts for their neighbourhoods among each other, too")
 
     def __post_init__(self):
         if self.text in ("scratch", "finetune"):
@@ -40,7 +41,7 @@ class Geometry(Contrastive):
     """The contrastive loss plus --weight times geometry_loss."""
 
     def __init__(self, cfg, model, index, tokenize):
-        self.weight = cfg.weight
+        self.weight, self.text_term = cfg.weight, cfg.text_term
         self.centroids = caption_centroids(model, index, tokenize)
 
     def targets(self, samples):
@@ -49,7 +50,7 @@ class Geometry(Contrastive):
     def loss(self, image_features, text_features, logit_scale, targets):
         loss, accuracy = super().loss(image_features, text_features, logit_scale, targets)
         lm_features = targets.to(image_features.device)
-        term = geometry_loss(image_features, text_features, lm_features)
+        term = geometry_loss(image_features, text_features, lm_features, self.text_term)
         return loss + self.weight * term, accuracy
 
 
@@ -83,14 +84,15 @@ def caption_centroids(model, index, tokenize) -> torch.Tensor:
     return F.normalize(sums, dim=-1)
 
 
-def geometry_loss(image_features, text_features, lm_features):
+def geometry_loss(image_features, text_features, lm_features, text_term: bool = True):
     """Asks both towers for the neighbourhoods of the frozen language model.
 
     lm_features (B, W) are constants, see caption_centroids; the others, (B, E), are trained. Each
     row of a similarity matrix, without its diagonal, is a softmax over neighbours at temperature
-    TAU. The loss is KL(lm-lm || text-text) (relational distillation, compare arXiv 2506.16895)
-    + half of KL(lm-lm || image-text) + half of KL(lm-lm || text-image) (compare CWCL, arXiv
-    2309.14580), each the mean over rows. Over ranks it is exact as contrastive_loss is.
+    TAU. The loss is half of KL(lm-lm || image-text) + half of KL(lm-lm || text-image) (compare
+    CWCL, arXiv 2309.14580) and, with text_term, + KL(lm-lm || text-text) (relational distillation,
+    compare arXiv 2506.16895), each the mean over rows. Over ranks it is exact as contrastive_loss
+    is.
     """
     target = neighbour_log_probabilities(lm_features, lm_features)
 
@@ -100,8 +102,10 @@ def geometry_loss(image_features, text_features, lm_features):
 
     image_text = divergence(image_features, text_features)
     text_image = divergence(text_features, image_features)
-    text_text = divergence(text_features, text_features)
-    return text_text + (image_text + text_image) / 2
+    loss = (image_text + text_image) / 2
+    if text_term:
+        loss = loss + divergence(text_features, text_features)
+    return loss
 
 
 def neighbour_log_probabilities(queries, keys):
