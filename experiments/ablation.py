@@ -36,6 +36,8 @@ ROWS = {
     "frozen": ["paraclip.py", "--text", "frozen", "--pool", "mean"],
     "align": ["paraclip.py", "--text", "align"],
     "geometry": ["experiments/geometry.py", "--text", "align", "--weight", "2"],
+    "soft": ["experiments/geometry.py", "--text", "frozen", "--pool", "mean", "--weight", "1",
+             "--no-text-term"],
     # For data with several captions for each image.
     "scratch-second": ["experiments/second_caption.py", "--text", "scratch"],
     "finetune-second": ["experiments/second_caption.py", "--text", "finetune"],
