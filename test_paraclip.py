@@ -1195,8 +1195,8 @@ class OneCaption:
 
 def training_loader(index, start=0, steps=8, rank=0, world_size=1, tokenize=as_letters,
                     objective=OneCaption(), **options):
-    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False, augment=False,
-                    workers=0)
+    cfg = Namespace(batch_size=8, accum=1, seed=0, image_size=8, crop=1.0, flip=False,
+                    augment=False, workers=0)
     vars(cfg).update(options)
     return data.training_loader(index, cfg, start, steps, rank, world_size, tokenize, objective)
 
@@ -1321,6 +1321,10 @@ def test_augment_changes_the_image_and_nothing_else(three_captions):
         image = changing[0, i].image
         assert torch.equal(image, changing[0, i].image)
         assert not torch.equal(image, plain[0, i].image) and image.dtype == torch.uint8
+    # The flag reaches the loader's images.
+    first, second = [next(iter(training_loader(three_captions, augment=augment)))
+                     for augment in (False, True)]
+    assert not torch.equal(first.micro_batches[0][0], second.micro_batches[0][0])
 
 
 def test_half_of_the_images_are_blotted_out_by_a_grey_rectangle():
@@ -1352,8 +1356,8 @@ def test_brightness_contrast_and_saturation_change_by_a_third_at_most():
         spreads.append((changed[2] - changed[0]).mean() / 40)
     # Pixels are rounded.
     assert 0.67 < min(means) < 0.76 and 1.24 < max(means) < 1.32
-    # Two factors act on a distance of greys, brightness and contrast: 0.49 .. 1.69 together. A third
-    # one, saturation, acts on a distance of colours: 0.34 .. 2.2.
+    # Two factors act on a distance of greys, brightness and contrast: 0.49 .. 1.69 together. A
+    # third one, saturation, acts on a distance of colours: 0.34 .. 2.2.
     assert 0.45 < min(distances) < 0.65 and 1.4 < max(distances) < 1.75
     assert 0.3 < min(spreads) < 0.5 and 1.75 < max(spreads) < 2.25
 

@@ -76,8 +76,8 @@ PARTICIPLES = dict(
     shaken="shake", shown="show", sold="sell", sung="sing", taken="take", thrown="throw",
     worn="wear")
 NEGATION = re.compile(r"\b(no|not|none|nobody|nothing|never|neither|nor|without)\b|n't\b")
-# Val: a word of the first line replaced by the word below it, or the other way round, makes a caption
-# that cannot mean the same.
+# For val: a caption changes its meaning if a word of one list is replaced by the word of the other
+# list that has its place.
 EXCLUSIVE = [
     "man men boy boys dog dogs black red green yellow two summer indoor day".split(),
     "woman women girl girls cat cats white blue purple pink four winter outdoor night".split()]
