@@ -175,7 +175,7 @@ def test_val_pairs_come_from_captions_alone():
     ("A man and two dogs", "A woman and two dogs"),
     ("The woman", "The man"),
     ("Four cats , many men", "two cats , many men"),
-    ("A manly catfish", "A manly catfish")])
+    ("A manly catfish and firemen", "A manly catfish and firemen")])
 def test_one_word_is_exchanged_for_one_that_excludes_it(caption, other):
     assert flickr8k.with_other_word(caption) == other
 
@@ -261,15 +261,19 @@ def programs(monkeypatch):
 def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys):
     sts = tmp_path / "dev.csv"
     sts.write_text("a dog,a cat,1\na dog,a hound,5\na cat,a kitten,4\n")
-    argv = [*flags(data=benchmark, out=tmp_path / "runs", sts=sts), "--rows", "align", "--seeds",
-            "0", "1", "--"]
+    classes = tmp_path / "classes"
+    for name in ("dog", "cat"):
+        (classes / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (len(name) * 9, 0, 0)).save(classes / name / "1.jpg")
+    argv = [*flags(data=benchmark, out=tmp_path / "runs", sts=sts, zeroshot=classes), "--rows",
+            "align", "--seeds", "0", "1", "--"]
     argv += flags(**TINY | dict(lm=lm))
     ablation.main(["--where-lost", *argv])
     printed = capsys.readouterr().out
     tables = json.loads(printed.splitlines()[-1])
 
     # The table has the mean over seeds of what eval_paraphrase.py has reported.
-    assert len(programs) == 2 * 2
+    assert len(programs) == 2 * 3
     values = []
     for seed in (0, 1):
         report = next((tmp_path / f"runs/align-{seed}").glob("test-*.json"))
@@ -278,6 +282,9 @@ def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys)
     assert (cell["mean"], cell["sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert f"| {np.mean(values):.1f}" in printed
     assert "the language model alone" in tables["searching captions"]
+    # Two classes have no top-5.
+    assert tables["results"]["align"]["zero-shot top-1"]["mean"] in (0, 25, 50, 75, 100)
+    assert "zero-shot top-5" not in tables["results, details"]["align"]
 
     # The curve's points are made of the same columns.
     measured = ablation.measurements(ablation.AblationConfig(data=str(benchmark), sts=str(sts)))
@@ -290,14 +297,17 @@ def test_ablation_on_tiny_photographs(benchmark, lm, programs, tmp_path, capsys)
 
     # What is finished is measured again only where the content of a file has changed.
     ablation.main(argv)
-    assert len(programs) == 4
+    assert len(programs) == 6
     sts.write_text("a dog,a cat,5\na dog,a hound,1\na cat,a kitten,4\n")
     ablation.main(argv)
-    assert len(programs) == 6 and all("--sts" in call for call in programs[4:])
+    assert len(programs) == 8 and all("--sts" in call for call in programs[6:])
     with open(benchmark / "test/pairs.jsonl", "a") as file:
         file.write(json.dumps(read_pairs(benchmark / "test")[0]) + "\n")
     ablation.main(argv)
-    assert len(programs) == 8 and all("--benchmark" in call for call in programs[6:])
+    assert len(programs) == 10 and all("--benchmark" in call for call in programs[8:])
+    Image.new("RGB", (20, 20), (0, 90, 0)).save(classes / "cat/2.jpg")
+    ablation.main(argv)
+    assert len(programs) == 12 and all("--zeroshot" in call for call in programs[10:])
 
 
 def test_a_row_has_settings_of_its_own(benchmark, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from data import BadSample, Sample
 from experiments.dose import Dose, at_dose
 from experiments.geometry import Geometry, GeometryConfig, caption_centroids, geometry_loss
 from experiments.second_caption import SecondCaption
-from paraclip import Config, load_model
+from paraclip import Config, Contrastive, load_model
 from test_paraclip import (SENTENCES, TINY, build, check_gradients_on_ranks, flags, lm,
                            private_cache, write_list_shards, write_shards)
 
@@ -41,6 +41,19 @@ def test_geometry_loss_against_a_loop(text_term):
             expected += weight * (target * log_ratio).sum().item() / 5
     found = geometry_loss(image, text, lm_features, text_term).item()
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("text_term", [True, False])
+def test_flags_of_geometry_reach_its_loss(lm, text_term):
+    model = build(lm)
+    cfg = GeometryConfig(weight=0.7, text_term=text_term)
+    objective = Geometry(cfg, model, SENTENCES, model.tokenize)
+    image, text = F.normalize(torch.randn(2, 5, 16), dim=-1)
+    target = objective.centroids[:5]
+    loss, _ = objective.loss(image, text, torch.tensor(3.0), target)
+    clip_loss, _ = Contrastive.loss(objective, image, text, torch.tensor(3.0), None)
+    term = 0.7 * geometry_loss(image, text, target, text_term)
+    assert (loss - clip_loss).item() == pytest.approx(term.item(), rel=1e-4)
 
 
 def test_caption_centroids_against_a_loop(lm):
