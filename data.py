@@ -44,12 +44,12 @@ import numpy as np
 import torch
 import torchvision
 from filelock import FileLock  # a dependency of torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from common.cli import UserError, flag, parse_config, run
+from common.cli import UserError, flag, note, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
 from common.records import fix_surrogates
@@ -96,7 +96,7 @@ class ShardIndex:
         ctimes = [stat.st_ctime_ns for stat in stats if stat]
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
-        folder = of_this_set / hash_of([ROW.descr, ctimes])
+        folder = of_this_set / hash_of([ROW.descr, MAX_BYTES, MAX_CAPTION, ctimes])
         # An index that lacks an unreadable shard is kept here, for the ranks of this run alone,
         # whose parent is torchrun. Else each of them would build it in turn.
         of_run = folder.with_name(f"{folder.name}-{os.getppid()}") if "RANK" in os.environ else None
@@ -431,7 +431,7 @@ def find_shards(data: str) -> list[str]:
             numbers = range(int(first), int(last) + 1)
             paths = [f"{before}{number:0{len(first)}d}{after}" for number in numbers]
         else:
-            paths = sorted(glob.glob(part))
+            paths = sorted(glob.glob(part, recursive=True))
         tars = [os.path.abspath(path) for path in paths if path.endswith(".tar")]
         if not any(os.path.isfile(path) for path in tars):
             seen = Counter(Path(path).suffix for path in paths if os.path.isfile(path))
@@ -441,6 +441,10 @@ def find_shards(data: str) -> list[str]:
                 "to make shards of a list of URLs, of image and text files, or of compressed "
                 "shards. For CC12M see img2dataset's dataset_examples/cc12m.md, or take Hugging "
                 "Face's pixparse/cc12m-wds")
+        # gunzip, if it is interrupted, leaves a part of a set compressed.
+        others = [path for path in paths if re.search(r"\.tar\.\w+$|\.TAR$", path)]
+        if others:
+            note(f"'{part}': only .tar files are read, not {others[0]} ({len(others)} of its kind)")
         shards += tars
     return list(dict.fromkeys(shards))
 
@@ -622,12 +626,9 @@ def read_from(file, offset: int, size: int) -> bytes:
 
 def read_record(content: bytes, is_json: bool) -> dict:
     """The fields of a KEY.json. A KEY.txt is read as the field "caption". Raises BadSample."""
-    text = content.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    # Windows' PowerShell writes UTF-16.
+    text = content.decode(json.detect_encoding(content), errors="replace")
     if not is_json:
-        # img2dataset writes a list of captions this way.
-        is_list = text.startswith(("['", '["')) and text.rstrip().endswith(("']", '"]'))
-        if is_list or text == "[]":
-            raise BadSample("a list in Python's notation in .txt, see --caption-key")
         return {"caption": text}
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(text)
@@ -638,13 +639,17 @@ def read_record(content: bytes, is_json: bool) -> dict:
 
 def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
     """The captions in these fields, by default in "caption": a text or a list of texts each, white
-    space folded, and cut after MAX_CAPTION characters. Raises BadSample if all are blank."""
+    space folded, and cut after MAX_CAPTION characters. Raises BadSample if all are blank, or if
+    one is a list that was made a text."""
     caption_keys = caption_keys or ["caption"]
     captions = []
     for key in caption_keys:
         texts = record.get(key)
         for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, str):
+                # img2dataset writes a list this way in a .txt, and so do tables in CSV.
+                if re.fullmatch(r"\[(['\"].*['\"])?\]\s*", text, re.DOTALL):
+                    raise BadSample("a list in Python's notation")
                 words = fix_surrogates(text[:MAX_CAPTION]).split()
                 if words:
                     captions.append(" ".join(words))
@@ -662,17 +667,27 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 32
 # Pillow would also open, under any name, EPS (by running Ghostscript) and a zoo of rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")
+# What makes an image of each orientation in EXIF upright.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel. Raises
     BadSample."""
-    image = ImageOps.exif_transpose(image)
+    # ImageOps.exif_transpose() also writes the rest of EXIF anew, and fails where that is malformed.
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise BadSample("floating-point image, whose range is not known")
     if image.mode.startswith("I"):
         # 16-bit grey, which convert() would clip.
         image = image.point(lambda value: value / 256).convert("L")
+        # The transparent shade, if one is named, has 16 bits as well.
+        image.info.pop("transparency", None)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -688,7 +703,7 @@ def decode_image(content: bytes, formats=FORMATS) -> torch.Tensor:
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("too many pixels")
         if image.format == "JPEG":
-            if image.getexif().get(0x0112, 1) == 1:
+            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
                 # Upright. torchvision gives the same pixels as Pillow, faster. Where it cannot,
                 # Pillow decides.
                 with contextlib.suppress(Exception):
@@ -821,7 +836,7 @@ def main(argv=None):
     if good:
         print(describe(good))
     for reason, count in skipped.most_common():
-        print(f"left out: {count:,} x {reason}, such as {examples[reason]}")
+        print(fix_surrogates(f"left out: {count:,} x {reason}, such as {examples[reason]}"))
     print(json.dumps({"shards": len(index.shards), "samples": usable, "decoded": len(looks),
                       "skipped": skipped, "keys": index.extensions,
                       "images_per_s": round(len(looks) / seconds, 1)}))

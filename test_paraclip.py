@@ -780,12 +780,27 @@ def samples_of(index: ShardIndex) -> list[tuple[str, bytes]]:
 def test_find_shards_understands_every_spelling(tmp_path):
     folder = write_shards(tmp_path, [1, 1, 1])
     shards = [f"{tmp_path}/0000{i}.tar" for i in range(3)]
-    for name in (folder, f"{folder}/*.tar", f"{folder}/{{00000..00002}}.tar"):
+    for name in (folder, f"{folder}/*.tar", f"{folder}/**/*.tar", f"{folder}/{{00000..00002}}.tar"):
         assert data.find_shards(name) == shards
     joined = f"{folder}/00002.tar::{folder}/{{00000..00001}}.tar"
     assert data.find_shards(joined) == [shards[2], shards[0], shards[1]]
     # A shard that is named twice would be its own negative.
     assert data.find_shards(f"{folder}::{folder}/../{tmp_path.name}/00001.tar") == shards
+
+
+def test_compressed_shards_beside_others_are_told(tmp_path, capfd):
+    folder = write_shards(tmp_path, [1])
+    (tmp_path / "00001.tar.gz").touch()
+    assert data.find_shards(folder) == [f"{tmp_path}/00000.tar"]
+    assert f"only .tar files are read, not {tmp_path}/00001.tar.gz" in capfd.readouterr().err
+
+
+def test_an_index_is_of_its_limits(tmp_path, monkeypatch):
+    path = write_shards(tmp_path, [1])
+    assert len(ShardIndex(path)) == 1
+    monkeypatch.setattr(data, "MAX_BYTES", data.MAX_BYTES | {"jpg": 1})
+    with pytest.raises(UserError, match="too large"):
+        ShardIndex(path)
 
 
 @pytest.mark.parametrize("members", [
@@ -858,8 +873,9 @@ def test_captions_come_from_any_field(tmp_path):
     ("k.json", b'{"caption": ["x", " ", "", null, 3, "two  words"]}', ["x", "two words"]),
     ("k.json", b'{"caption": "half an emoji \\ud83d"}', ["half an emoji ?"]),
     ("k.json", b'{"caption": ["%s", "y"]}' % (b"x" * 20_000), ["x" * 10_000, "y"]),
-    ("k.txt", b"caf\xe9", ["caf\ufffd"])],
-    ids=["several", "surrogate", "long", "no UTF-8"])
+    ("k.txt", b"caf\xe9", ["caf\ufffd"]),
+    ("k.txt", "caf\u00e9".encode("utf-16"), ["caf\u00e9"])],
+    ids=["several", "surrogate", "long", "no UTF-8", "UTF-16"])
 def test_captions_are_cleaned_and_cut(tmp_path, name, content, captions):
     assert index_of(tmp_path, {"k.jpg": JPEG, name: content}).captions(0) == captions
 
@@ -877,8 +893,8 @@ def test_captions_are_cleaned_and_cut(tmp_path, name, content, captions):
     # So img2dataset writes a missing caption, and an empty list of them.
     ({"a.jpg": JPEG, "a.txt": b"", "a.json": b'{"caption": null}'}, "empty caption"),
     ({"a.jpg": JPEG, "a.txt": b"[]", "a.json": b'{"caption": []}'}, "empty caption"),
-    ({"a.jpg": JPEG, "a.txt": b"['a', 'b']"},
-     "a list in Python's notation in .txt, see --caption-key")])
+    ({"a.jpg": JPEG, "a.txt": b"['a', 'b']"}, "a list in Python's notation"),
+    ({"a.jpg": JPEG, "a.json": b'{"caption": "[\'a\', \'b\']"}'}, "a list in Python's notation")])
 def test_a_bad_sample_is_counted(tmp_path, members, reason):
     path = write_tar(tmp_path / "0.tar", sample(0) + [*members.items()] + sample(1))
     index = ShardIndex(str(path))
@@ -1096,12 +1112,16 @@ EXIF[0x0112] = 6
 STORED = np.asarray(decode(image_bytes(1, (30, 10))))
 CLEAR = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
 GREY = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+# The orientation above, and the resolution as a text where a fraction is due.
+BAD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sHHI4sI", 8, 2, 274, 3, 1, b"\6\0\0\0",
+                                            282, 2, 3, b"72\0\0", 0)
 
 
 @pytest.mark.parametrize("content, expected", [
     (image_bytes(1, (30, 10), exif=EXIF), np.rot90(STORED, k=-1)),
+    (image_bytes(1, (30, 10), exif=BAD_EXIF), np.rot90(STORED, k=-1)),
     (encode(CLEAR), np.full((4, 4, 3), 255, np.uint8)),
-    (encode(GREY), np.full((4, 4, 3), 128, np.uint8))], ids=["EXIF", "transparent", "16 bits"])
+    (encode(GREY), np.full((4, 4, 3), 128, np.uint8))], ids=["EXIF", "malformed EXIF", "transparent", "16 bits"])
 def test_images_are_seen_as_viewers_show_them(content, expected):
     assert np.array_equal(decoded(content), expected)
     # A library's user hands Pillow's own image to `preprocess`.
@@ -1379,7 +1399,7 @@ def test_bad_images_are_replaced_and_counted(tmp_path):
 
 
 def test_the_inspection_reports_a_set(tmp_path, monkeypatch, capsys):
-    path = write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b.jpg", JPEG)])
+    path = write_tar(tmp_path / "0.tar", sample(0) + broken_sample(1) + [("b\udce9.jpg", JPEG)])
     with tarfile.open(path) as tar:
         byte = tar.getmember("00001.jpg").offset_data
     call(data, tmp_path, "--workers", 0)
@@ -1388,7 +1408,8 @@ def test_the_inspection_reports_a_set(tmp_path, monkeypatch, capsys):
     assert lines == [
         "1 samples in 1 shards; 2 were decoded",
         "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
-        "left out: 1 x no caption, such as b in 0.tar",
+        # A name that is no UTF-8.
+        "left out: 1 x no caption, such as b? in 0.tar",
         f"left out: 1 x broken image, such as byte {byte} of {path}"]
     report = json.loads(report)
     assert report.pop("images_per_s") > 0
