@@ -677,7 +677,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 def to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel. Raises
     BadSample."""
-    # ImageOps.exif_transpose() also writes the rest of EXIF anew, and fails where that is malformed.
+    # ImageOps.exif_transpose() also writes the rest of EXIF anew, which may be malformed.
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     if turn is not None:
         image = image.transpose(turn)

@@ -1121,7 +1121,8 @@ BAD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sHHI4sI", 8, 2, 274, 3, 1, b"\
     (image_bytes(1, (30, 10), exif=EXIF), np.rot90(STORED, k=-1)),
     (image_bytes(1, (30, 10), exif=BAD_EXIF), np.rot90(STORED, k=-1)),
     (encode(CLEAR), np.full((4, 4, 3), 255, np.uint8)),
-    (encode(GREY), np.full((4, 4, 3), 128, np.uint8))], ids=["EXIF", "malformed EXIF", "transparent", "16 bits"])
+    (encode(GREY), np.full((4, 4, 3), 128, np.uint8))],
+    ids=["EXIF", "malformed EXIF", "transparent", "16 bits"])
 def test_images_are_seen_as_viewers_show_them(content, expected):
     assert np.array_equal(decoded(content), expected)
     # A library's user hands Pillow's own image to `preprocess`.
