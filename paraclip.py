@@ -106,6 +106,8 @@ class Config:
     lm_lr: float = flag(0.3, "learning-rate factor of the language model (--text finetune)",
                         low=0, high=1)
     weight_decay: float = flag(0.01, "decoupled, on matrices only", low=0)
+    align_weight_decay: float = flag(
+        1.0, "weight-decay factor of the alignment layers (--text align)", low=0)
     warmup: int = flag(30, "steps of linear warm-up", low=0)
     decay: str = flag("linear", "of the learning rate after the warm-up, towards 0",
                       choices=("linear", "cosine"))
@@ -680,7 +682,8 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
     logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
-    rare synonym is such a word.
+    rare synonym is such a word. Alignment blocks start as the identity, so that decay draws them back
+    to the frozen states: --align-weight-decay says how strongly.
     """
     layers = [*model.image_tower.modules(), *model.text_tower.modules()]
     if cfg.text == "frozen":
@@ -700,6 +703,8 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
             decay = 0.0
         if cfg.text == "finetune" and name.startswith("text_tower.lm."):
             lr, decay = lr * cfg.lm_lr, 0.0
+        if name.startswith("text_tower.align."):
+            decay *= cfg.align_weight_decay
         if cfg.optimizer == "muon" and id(p) in muon_weights:
             groups, lr = muon_groups, MUON_FACTOR * lr
         groups.append(dict(params=[p], lr=lr, peak_lr=lr, weight_decay=decay))

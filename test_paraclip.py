@@ -2019,6 +2019,20 @@ def test_learning_rate_and_decay_of_each_weight(lm, name, muon_rate, adamw_rate,
         assert (group["peak_lr"], group["weight_decay"]) == pytest.approx((rate, decay))
 
 
+def test_only_alignment_layers_have_their_weight_decay(lm):
+    model = build(lm, text="align")
+    cfg = Config(text="align", weight_decay=0.3, align_weight_decay=10)
+    decays = {}
+    for optimizer in paraclip.make_optimizers(model, cfg):
+        for group in optimizer.param_groups:
+            decays[id(group["params"][0])] = group["weight_decay"]
+    raised = {name for name, p in model.named_parameters() if decays.get(id(p)) == 3}
+    assert raised == {f"text_tower.align.0.{layer}.weight"
+                      for layer in ("qkv", "proj", "fc1", "fc2")}
+    assert decays[id(model.text_proj.weight)] == 0.3
+    assert decays[id(model.image_tower.blocks[0].fc1.weight)] == 0.3
+
+
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
 def test_orthogonalize_keeps_singular_vectors_alone(shape):
     torch.manual_seed(0)
