@@ -836,7 +836,7 @@ def main(argv=None):
     if good:
         print(describe(good))
     for reason, count in skipped.most_common():
-        print(fix_surrogates(f"left out: {count:,} x {reason}, such as {examples[reason]}"))
+        print(f"left out: {count:,} x {reason}, such as {examples[reason]}")
     print(json.dumps({"shards": len(index.shards), "samples": usable, "decoded": len(looks),
                       "skipped": skipped, "keys": index.extensions,
                       "images_per_s": round(len(looks) / seconds, 1)}))

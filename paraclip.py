@@ -968,13 +968,19 @@ def own_pooling(name: str) -> str:
 
 
 def prepare_tokenizer(tokenizer, lm: nn.Module):
-    """Pads on the right; truncates to CLIP's context length or the model's positions."""
+    """Pads on the right; truncates to CLIP's context length or the model's positions. Raises
+    ValueError if the model would lack an input."""
+    # Of one text there is one segment, which models assume. RoCBert has shapes and sounds.
+    others = set(tokenizer("a dog")) - {"input_ids", "attention_mask", "token_type_ids"}
+    if others:
+        raise ValueError(f"its tokenizer also gives {', '.join(sorted(others))}, which the text "
+                         "tower does not take")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # Decoders often have no padding token. Any will do, since attention_mask hides it.
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
-        raise ValueError("its tokenizer has neither a padding token nor an end token")
+        raise ValueError("its tokenizer has no token to pad with")
     limits = [CONTEXT_LENGTH, tokenizer.model_max_length]
     positions = getattr(lm.config, "max_position_embeddings", None)
     # XLNet, which has no limit, says -1.
@@ -1113,7 +1119,11 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
 def look_up_states(place_of: dict, all_states, captions: list[str]) -> dict:
     """Captions -> a token batch that holds `states` (B, T, W) in place of input_ids.
 
-    place_of: {caption: the slice of its rows in all_states}."""
+    place_of: {caption: the slice of its rows in all_states}. Raises UserError for others."""
+    for caption in captions:
+        if caption not in place_of:
+            raise UserError(f"'{caption}' is no caption of the data, whose states alone are kept: "
+                            "give --no-cache-lm")
     states = [all_states[place_of[caption]] for caption in captions]
     lengths = torch.tensor([len(rows) for rows in states])
     states = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, W)

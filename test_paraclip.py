@@ -683,6 +683,15 @@ def test_values_out_of_range_are_refused(name, value):
         parse_config(Flags, ["--lr", "101"])
     with pytest.raises(UserError, match="--crop 2: expected 0 to 1"):
         Config(crop=2)
+    with pytest.raises(UserError, match="--text : expected scratch, finetune, frozen, align"):
+        Config(text="")
+
+
+def test_a_terminal_without_unicode_gets_an_escape(monkeypatch):
+    latin = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", latin)
+    run(lambda: print("\u2581a"))
+    assert latin.buffer.getvalue() == b"\\u2581a\n"
 
 
 @pytest.mark.parametrize("error, status, line", [
@@ -1410,7 +1419,7 @@ def test_the_inspection_reports_a_set(tmp_path, monkeypatch, capsys):
         "1 samples in 1 shards; 2 were decoded",
         "captions a sample: 1.0; images: 20 x 18 (median), 20 x 18 (smallest), 100.0% JPEG",
         # A name that is no UTF-8.
-        "left out: 1 x no caption, such as b? in 0.tar",
+        "left out: 1 x no caption, such as b\\udce9 in 0.tar",
         f"left out: 1 x broken image, such as byte {byte} of {path}"]
     report = json.loads(report)
     assert report.pop("images_per_s") > 0
@@ -1733,6 +1742,22 @@ def test_decoders_look_at_earlier_words_only(tmp_path, kind):
     dog = model.text_tower.lm_states(model.tokenize(["a dog"]))[0, :2]
     cat = model.text_tower.lm_states(model.tokenize(["a cat"]))[0, :2]
     assert torch.allclose(dog, cat, atol=1e-6)
+
+
+def test_a_tokenizer_pads_with_any_token_and_gives_nothing_more(lm):
+    tower = build(lm).text_tower
+    tokenizer = tower.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token = None
+    paraclip.prepare_tokenizer(tokenizer, tower.lm)
+    assert tokenizer.pad_token == tokenizer.unk_token
+
+    class WithShapes(type(tokenizer)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs) | {"input_shape_ids": [0]}
+
+    tokenizer.__class__ = WithShapes
+    with pytest.raises(ValueError, match="also gives input_shape_ids, which"):
+        paraclip.prepare_tokenizer(tokenizer, tower.lm)
 
 
 def test_language_model_without_tokenizer_is_refused(lm, tmp_path):
@@ -2107,6 +2132,11 @@ def test_kept_states_reach_workers_of_a_forkserver(lm, tmp_path):
     finally:
         multiprocessing.set_start_method(None, force=True)
     assert same(read_weights(run)["model"], read_weights(expected)["model"])
+
+
+def test_states_are_kept_for_captions_of_the_data_alone():
+    with pytest.raises(UserError, match="'a dog .' is no caption of the data.* --no-cache-lm"):
+        paraclip.look_up_states({"a dog": slice(0, 1)}, torch.zeros(1, 2), ["a dog", "a dog ."])
 
 
 def test_a_kill_between_two_files_keeps_both(lm, tmp_path, monkeypatch):

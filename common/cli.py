@@ -41,7 +41,7 @@ def note(text: str):
 def flag(default, help: str, choices=(), low=-math.inf, high=math.inf, positional=False):
     """A field of a dataclass that is also a command-line flag, whose type is that of the default.
 
-    A number must be within low .. high; "" means "not given" and is always valid.
+    A number must be within low .. high; a default of "" means "not given" and is valid.
     """
     rules = dict(default=default, help=help, choices=choices, low=low, high=high,
                  positional=positional)
@@ -59,7 +59,8 @@ def check_ranges(cfg):
         value, rules = getattr(cfg, flag_field.name), flag_field.metadata
         valid, expected = True, f"{rules['low']} to {rules['high']}"
         if rules["choices"]:
-            valid, expected = value in ("", *rules["choices"]), ", ".join(rules["choices"])
+            valid = value in rules["choices"] or value == rules["default"]
+            expected = ", ".join(rules["choices"])
         elif isinstance(value, (int, float)):
             # NaN and infinity are no settings, whatever the range.
             valid = math.isfinite(value) and rules["low"] <= value <= rules["high"]
@@ -118,12 +119,15 @@ ENVIRONMENT_ERRORS = {
 def run(program):
     """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
     Ctrl-C in status 130, a bug in a traceback."""
+    # A terminal may not know all characters of captions and tokens. A closed stdout is None.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     # A program may have let Ctrl-C end its imports without one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2
     try:
         program()
-        # A full disk shows here rather than at exit. A closed stdout is None.
+        # A full disk shows here rather than at exit.
         if sys.stdout is not None:
             sys.stdout.flush()
         return
