@@ -52,7 +52,7 @@ from tqdm import tqdm
 from common.cli import UserError, flag, note, parse_config, run
 from common.distributed import cores_to_spare
 from common.files import atomic_write, cache_folder, data_folder
-from common.records import fix_surrogates
+from common.records import PYTHON_LIST, fix_surrogates
 from common.tar import ArchiveError, list_members
 
 
@@ -647,8 +647,7 @@ def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
         texts = record.get(key)
         for text in texts if isinstance(texts, list) else [texts]:
             if isinstance(text, str):
-                # img2dataset writes a list this way in a .txt, and so do tables in CSV.
-                if re.fullmatch(r"\[(['\"].*['\"])?\]\s*", text, re.DOTALL):
+                if PYTHON_LIST.fullmatch(text):
                     raise BadSample("a list in Python's notation")
                 words = fix_surrogates(text[:MAX_CAPTION]).split()
                 if words:

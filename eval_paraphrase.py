@@ -216,7 +216,8 @@ def unit_features(features) -> torch.Tensor:
     bits. So fp64 dot products are exact: images with equal features tie, wherever they stand.
     """
     features = torch.as_tensor(features, device="cpu")
-    units = torch.empty(features.shape)
+    # A model's code may have changed what torch takes by default.
+    units = torch.empty(features.shape, dtype=torch.float32, device="cpu")
     # In parts: fp64 all at once would take several times the memory of the features.
     for part, unit in zip(features.split(4096), units.split(4096)):
         unit.copy_(round_to_step(normalize(part.double(), dim=-1)))
@@ -251,8 +252,9 @@ def rank_by_candidates(queries, gallery, k: int) -> torch.Tensor:
     # with the highest maxima can hold the best `count` images.
     maxima = scores[:, :group_size * stride].view(len(queries), group_size, stride).amax(1)
     best_groups = maxima.topk(count).indices
-    members = (best_groups[:, None] + stride * torch.arange(group_size)[:, None]).flatten(1)
-    remainder = torch.arange(group_size * stride, n).expand(len(queries), -1)
+    places = stride * torch.arange(group_size, device="cpu")
+    members = (best_groups[:, None] + places[:, None]).flatten(1)
+    remainder = torch.arange(group_size * stride, n, device="cpu").expand(len(queries), -1)
     members = torch.cat([members, remainder], dim=1)
     best = scores.gather(1, members).topk(count)
     # In the gallery's order, which a stable sort keeps among equals.
@@ -276,7 +278,7 @@ def rank_exactly(queries, gallery, k: int) -> torch.Tensor:
     # torch.topk promises no order among equal values, and a stable sort of the whole gallery takes
     # far longer. So ties are broken by a penalty that grows with the index, and that is smaller
     # than STEP, the smallest difference of two similarities.
-    penalty = torch.arange(n, dtype=torch.float64) * (STEP / n)
+    penalty = torch.arange(n, dtype=torch.float64, device="cpu") * (STEP / n)
     ranked = []
     for part in queries.double().split(max(1, 2**24 // n)):
         scores = torch.cat([part @ images.double().T for images in gallery.split(4096)], dim=1)
@@ -1079,7 +1081,8 @@ def group_numbers(pairs: list[Pair]) -> np.ndarray:
     for pair in pairs:
         key = tuple(sorted(pair.images)) or pair.query
         if pair.group is not None:
-            key = ("group", pair.group)
+            # A table has texts where JSON has numbers.
+            key = ("group", str(pair.group))
         groups.append(numbers.setdefault(key, len(numbers)))
     return np.array(groups)
 
@@ -1305,7 +1308,8 @@ class Captions(Task):
         text_features, image_features = embed_texts(model, texts, cfg), encoded.features[rows]
         ranked = rankings(text_features, image_features, max(RECALL_AT))
         results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
-                   ("captions", "missing"): len(self.captions) - len(rows)}
+                   ("captions", "missing"):
+                       sum(encoded.row(name) is None for name in self.captions)}
         for k in RECALL_AT:
             results["recall", f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
         found = image_to_text(texts, text_features, image_features, correct, groups)
@@ -1603,7 +1607,7 @@ class Column(NamedTuple):
         return text + mark
 
 
-def row_title(keys, k: int) -> str:
+def row_title(keys, k) -> str:
     titles = [TITLES.get(key, key.replace("_", " ")).replace("{k}", str(k)) for key in keys]
     return " ".join(titles)
 
@@ -1611,9 +1615,11 @@ def row_title(keys, k: int) -> str:
 def table_of(columns: list[Column]) -> tuple[list[str], list]:
     """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
     # {section: the rows of any column}; ranked lists have fewer.
-    sections, texts, k = {}, {}, 0
+    sections, texts = {}, {}
+    # Of a gallery of few images, models may be able to read different numbers.
+    ks = {column.estimates[("k",)] for column in columns if ("k",) in column.estimates}
+    k = ks.pop() if len(ks) == 1 else "k"
     for column in columns:
-        k = column.estimates.get(("k",), k)
         for name, value in column.estimates.items():
             # Strings, the same for all models, are printed above the table.
             if isinstance(value, str):
@@ -1739,27 +1745,35 @@ def main(argv=None):
             columns.append(Column(f"minus {baseline}", found, is_difference=True))
 
     if reports:
-        # Printed first, so that a file that cannot be written does not cost the results.
-        print_table(columns)
-        print(json.dumps(reports), flush=True)
-        lines = map(json.dumps, itertools.chain(*details.values()))
-        for path, text in ((cfg.json, json.dumps(reports, indent=1)),
-                           (cfg.details, "\n".join(lines))):
-            if path:
-                with atomic_write(path) as file:
-                    file.write(f"{text}\n".encode())
-        pairs = tasks.get("pairs", tasks.get("query"))
-        if cfg.figure:
-            from demo.figure import draw_pairs
-            draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details,
-                       reports[0]["k"], open_image)
-        if cfg.report:
-            from demo.report import write_report
-            write_report(cfg.report, [column.header for column in columns], table_of(columns),
-                         reports, pairs.gallery.images, details, reports[0]["k"], open_image,
-                         cfg.report_pairs)
+        # Printed first, so that a file that cannot be written does not cost the results; and
+        # written even if what reads the print has ended, as `| head` does.
+        try:
+            print_table(columns)
+            print(json.dumps(reports), flush=True)
+        finally:
+            write_files(cfg, tasks, reports, columns, details)
     if failures:
         raise UserError("; ".join(failures))
+
+
+def write_files(cfg: EvalConfig, tasks: dict, reports: list[dict], columns: list[Column],
+                details: dict):
+    """The files that flags name. details: {label: the rows of --details}."""
+    lines = map(json.dumps, itertools.chain(*details.values()))
+    for path, text in ((cfg.json, json.dumps(reports, indent=1)),
+                       (cfg.details, "\n".join(lines))):
+        if path:
+            with atomic_write(path) as file:
+                file.write(f"{text}\n".encode())
+    pairs = tasks.get("pairs", tasks.get("query"))
+    if cfg.figure:
+        from demo.figure import draw_pairs
+        draw_pairs(cfg.figure, pairs.gallery.images, reports[0]["gallery"], details,
+                   reports[0]["k"], open_image)
+    if cfg.report:
+        from demo.report import write_report
+        write_report(cfg.report, [column.header for column in columns], table_of(columns), reports,
+                     pairs.gallery.images, details, reports[0]["k"], open_image, cfg.report_pairs)
 
 
 if __name__ == "__main__":

@@ -682,8 +682,8 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
     logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
-    rare synonym is such a word. Alignment blocks start as the identity, so that decay draws them back
-    to the frozen states: --align-weight-decay says how strongly.
+    rare synonym is such a word. Alignment blocks start as the identity, so that decay draws them
+    back to the frozen states: --align-weight-decay says how strongly.
     """
     layers = [*model.image_tower.modules(), *model.text_tower.modules()]
     if cfg.text == "frozen":

@@ -2625,6 +2625,17 @@ def test_rankings_equal_a_stable_sort(kind):
         assert ev.rankings(queries, gallery, k, 5000).tolist() == expected[:, :k].tolist()
 
 
+def test_rankings_do_not_depend_on_torchs_default():
+    queries, gallery = vectors("large")
+    expected = ev.rankings(queries, gallery, 10)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert ev.rankings(queries, gallery, 10).tolist() == expected.tolist()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_candidates_mostly_suffice(monkeypatch):
     monkeypatch.setattr(ev, "rank_exactly", None)
     torch.manual_seed(0)
@@ -2706,7 +2717,7 @@ def test_unrelated_pairs_share_nothing():
 
 @pytest.mark.parametrize("pairs, groups", [
     pytest.param(make_pairs("abc", [["1", "2"], ["2", "1"], ["1"]]), [0, 0, 1], id="images"),
-    pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]], [7, 8, 7]), [0, 1, 0], id="group"),
+    pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]], [7, 8, "7"]), [0, 1, 0], id="group"),
     pytest.param(make_pairs("aab", [[], [], []]), [0, 0, 1], id="query"),
 ])
 def test_pairs_are_grouped_by(pairs, groups):
@@ -2871,6 +2882,8 @@ BAD_FILES = {
     "two lists": (ev.read_lists, DETAILS + DETAILS.replace("1", "3").join("\n\n"),
                   "record 2.*several models"),
     "caption no text": (captions_of_test, COCO.replace('"x"', "null"), "None is no text"),
+    "a list in a cell": (captions_of_test, "image,caption\na.jpg,\"['x', 'y']\"\n",
+                         "list in Python's notation"),
     "unknown image": (captions_of_test, COCO.replace('image_id": 1', 'image_id": 7'), "7"),
     "no captions": (captions_of_test, KARPATHY.replace("test", "val"),
                     "no caption of the split test in it"),
@@ -3155,6 +3168,31 @@ def test_all_tasks_in_one_call(cd, capsys):
     assert report["recall_pairs"] == report["triplets"]["triplets.json"]["image_text_n"] == 14
     assert report["captions"] == {"images": 9, "captions": 25, "missing": 1}
     assert (report["zeroshot"]["classes"], report["zeroshot"]["images"]) == (2, 3)
+
+
+def test_titles_name_no_k_that_differs():
+    columns = [ev.Column(str(k), {("k",): k, ("ao",): 0.5}) for k in (8, 7)]
+    for shown, title in ((columns, "AO@k"), (columns[1:], "AO@7")):
+        (_, rows), = ev.table_of(shown)[1]
+        assert title in [row[0] for row in rows]
+
+
+def test_files_are_written_though_nobody_reads_the_print(cd, capsys, tmp_path, monkeypatch):
+    def broken(columns):
+        raise BrokenPipeError("Broken pipe")
+
+    monkeypatch.setattr(ev, "print_table", broken)
+    path = tmp_path / "report.json"
+    assert "Broken pipe" in error_line(capsys, ev, "siglip", *READABLE, "--json", path)
+    assert json.loads(path.read_text())[0]["pairs"] == 15
+
+
+def test_an_image_with_two_names_is_not_missing(cd, capsys, tmp_path):
+    rows = ["image,caption", "00.png,a dog", "images/00.png,a cat", "no.png,a cow"]
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    report, = evaluate(capsys, "siglip", "--captions", tmp_path / "c.csv", "--images", "images",
+                       "--workers", 0)
+    assert report["captions"] == {"images": 1, "captions": 2, "missing": 1}
 
 
 @torch.no_grad()

@@ -105,9 +105,16 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
+# How a list becomes a text in CSV, or in img2dataset's .txt.
+PYTHON_LIST = re.compile(r"\[(['\"].*['\"])?\]\s*", re.DOTALL)
+
+
 def checked_text(value) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is no text")
+    if PYTHON_LIST.fullmatch(value):
+        raise ValueError(f"{value} is a list in Python's notation: write a row or a field for each "
+                         "of its texts, or JSON")
     return fix_surrogates(value)
 
 

@@ -19,7 +19,9 @@ from common.cli import UserError
 
 class OpenCLIP:
     def __init__(self):
-        name, pretrained = os.environ["OPEN_CLIP_MODEL"], os.environ.get("OPEN_CLIP_PRETRAINED")
+        name, pretrained = os.environ.get("OPEN_CLIP_MODEL"), os.environ.get("OPEN_CLIP_PRETRAINED")
+        if not name:
+            raise UserError("OPEN_CLIP_MODEL is not set: expected a model of open_clip")
         if not pretrained and not name.startswith(("hf-hub:", "local-dir:")):
             raise UserError(f"OPEN_CLIP_PRETRAINED is not set: {name} would have random weights; "
                             f"its tags: {open_clip.list_pretrained_tags_by_model(name)}")

@@ -10,10 +10,15 @@ import os
 
 from sentence_transformers import SentenceTransformer
 
+from common.cli import UserError
+
 
 class Model:
     def __init__(self):
-        self.model = SentenceTransformer(os.environ["SENTENCE_TRANSFORMER"])
+        name = os.environ.get("SENTENCE_TRANSFORMER")
+        if not name:
+            raise UserError("SENTENCE_TRANSFORMER is not set: expected a name or a folder")
+        self.model = SentenceTransformer(name)
         self.padding = {}
         config = getattr(self.model[0], "config", None)
         if getattr(config, "model_type", "").startswith("siglip"):
