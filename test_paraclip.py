@@ -1121,6 +1121,9 @@ EXIF[0x0112] = 6
 STORED = np.asarray(decode(image_bytes(1, (30, 10))))
 CLEAR = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
 GREY = Image.fromarray(np.full((4, 4), 32768, np.uint16))
+# Nearly black; only black would be transparent.
+DARK = Image.fromarray(np.full((4, 4), 200, np.uint16))
+DARK.info["transparency"] = 0
 # The orientation above, and the resolution as a text where a fraction is due.
 BAD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sHHI4sI", 8, 2, 274, 3, 1, b"\6\0\0\0",
                                             282, 2, 3, b"72\0\0", 0)
@@ -1130,8 +1133,9 @@ BAD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sHHI4sI", 8, 2, 274, 3, 1, b"\
     (image_bytes(1, (30, 10), exif=EXIF), np.rot90(STORED, k=-1)),
     (image_bytes(1, (30, 10), exif=BAD_EXIF), np.rot90(STORED, k=-1)),
     (encode(CLEAR), np.full((4, 4, 3), 255, np.uint8)),
-    (encode(GREY), np.full((4, 4, 3), 128, np.uint8))],
-    ids=["EXIF", "malformed EXIF", "transparent", "16 bits"])
+    (encode(GREY), np.full((4, 4, 3), 128, np.uint8)),
+    (encode(DARK), np.zeros((4, 4, 3), np.uint8))],
+    ids=["EXIF", "malformed EXIF", "transparent", "16 bits", "16 bits with a transparent shade"])
 def test_images_are_seen_as_viewers_show_them(content, expected):
     assert np.array_equal(decoded(content), expected)
     # A library's user hands Pillow's own image to `preprocess`.
