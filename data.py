@@ -96,6 +96,7 @@ class ShardIndex:
         ctimes = [stat.st_ctime_ns for stat in stats if stat]
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
+        # A change of the shards, or of the rules by which they are read, needs another index.
         folder = of_this_set / hash_of([ROW.descr, MAX_BYTES, MAX_CAPTION, ctimes])
         # An index that lacks an unreadable shard is kept here, for the ranks of this run alone,
         # whose parent is torchrun. Else each of them would build it in turn.
@@ -441,10 +442,10 @@ def find_shards(data: str) -> list[str]:
                 "to make shards of a list of URLs, of image and text files, or of compressed "
                 "shards. For CC12M see img2dataset's dataset_examples/cc12m.md, or take Hugging "
                 "Face's pixparse/cc12m-wds")
-        # gunzip, if it is interrupted, leaves a part of a set compressed.
+        # An interrupted gunzip leaves a part of a set compressed.
         others = [path for path in paths if re.search(r"\.tar\.\w+$|\.TAR$", path)]
         if others:
-            note(f"'{part}': only .tar files are read, not {others[0]} ({len(others)} of its kind)")
+            note(f"'{part}': only .tar files are read, not {others[0]} ({len(others)} such files)")
         shards += tars
     return list(dict.fromkeys(shards))
 
@@ -640,7 +641,7 @@ def read_record(content: bytes, is_json: bool) -> dict:
 def captions_in(record: dict, caption_keys: list[str]) -> list[str]:
     """The captions in these fields, by default in "caption": a text or a list of texts each, white
     space folded, and cut after MAX_CAPTION characters. Raises BadSample if all are blank, or if
-    one is a list that was made a text."""
+    one is a list written as a text."""
     caption_keys = caption_keys or ["caption"]
     captions = []
     for key in caption_keys:
@@ -666,7 +667,7 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 32
 # Pillow would also open, under any name, EPS (by running Ghostscript) and a zoo of rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF")
-# What makes an image of each orientation in EXIF upright.
+# How an image of each EXIF orientation is turned upright.
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -676,7 +677,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 def to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel. Raises
     BadSample."""
-    # ImageOps.exif_transpose() also writes the rest of EXIF anew, which may be malformed.
+    # ImageOps.exif_transpose() also rewrites the rest of EXIF, and fails where that is malformed.
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     if turn is not None:
         image = image.transpose(turn)
@@ -685,7 +686,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey, which convert() would clip.
         image = image.point(lambda value: value / 256).convert("L")
-        # The transparent shade, if one is named, has 16 bits as well.
+        # A transparent shade has 16 bits, and would be compared with the 8 bits that are left.
         image.info.pop("transparency", None)
     if image.has_transparency_data:
         image = image.convert("RGBA")

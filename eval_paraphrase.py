@@ -216,7 +216,7 @@ def unit_features(features) -> torch.Tensor:
     bits. So fp64 dot products are exact: images with equal features tie, wherever they stand.
     """
     features = torch.as_tensor(features, device="cpu")
-    # A model's code may have changed what torch takes by default.
+    # A model's own code may have changed torch's default dtype or device.
     units = torch.empty(features.shape, dtype=torch.float32, device="cpu")
     # In parts: fp64 all at once would take several times the memory of the features.
     for part, unit in zip(features.split(4096), units.split(4096)):
@@ -1307,9 +1307,9 @@ class Captions(Task):
         groups = np.array(correct)[:, 0]
         text_features, image_features = embed_texts(model, texts, cfg), encoded.features[rows]
         ranked = rankings(text_features, image_features, max(RECALL_AT))
+        missing = [name for name in self.captions if encoded.row(name) is None]
         results = {("captions", "images"): len(rows), ("captions", "captions"): len(texts),
-                   ("captions", "missing"):
-                       sum(encoded.row(name) is None for name in self.captions)}
+                   ("captions", "missing"): len(missing)}
         for k in RECALL_AT:
             results["recall", f"t2i@{k}"] = Scores(recall_at_k(ranked, correct, k), groups)
         found = image_to_text(texts, text_features, image_features, correct, groups)
@@ -1607,7 +1607,7 @@ class Column(NamedTuple):
         return text + mark
 
 
-def row_title(keys, k) -> str:
+def row_title(keys, k: int | str) -> str:
     titles = [TITLES.get(key, key.replace("_", " ")).replace("{k}", str(k)) for key in keys]
     return " ".join(titles)
 
@@ -1616,7 +1616,7 @@ def table_of(columns: list[Column]) -> tuple[list[str], list]:
     """(lines above the table, [(section title, [(row title, a cell for each column)])])."""
     # {section: the rows of any column}; ranked lists have fewer.
     sections, texts = {}, {}
-    # Of a gallery of few images, models may be able to read different numbers.
+    # Of a gallery with fewer than k images, each model's k is the number that it can read.
     ks = {column.estimates[("k",)] for column in columns if ("k",) in column.estimates}
     k = ks.pop() if len(ks) == 1 else "k"
     for column in columns:
@@ -1745,8 +1745,8 @@ def main(argv=None):
             columns.append(Column(f"minus {baseline}", found, is_difference=True))
 
     if reports:
-        # Printed first, so that a file that cannot be written does not cost the results; and
-        # written even if what reads the print has ended, as `| head` does.
+        # Printed first, so that a file that cannot be written does not cost the results. The files
+        # are written even if nobody reads the output to its end, as with `| head`.
         try:
             print_table(columns)
             print(json.dumps(reports), flush=True)

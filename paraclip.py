@@ -549,7 +549,7 @@ class Contrastive:
     def captions(self, samples) -> list[str]:
         """In the loader, where collate() has sorted the samples: what the text tower encodes of
         them, a caption each, or C of each, those of the first sample first. Features have this
-        order."""
+        order. Texts that are no captions of the data need --no-cache-lm."""
         return [sample.caption for sample in samples]
 
     def targets(self, samples):
@@ -970,7 +970,8 @@ def own_pooling(name: str) -> str:
 def prepare_tokenizer(tokenizer, lm: nn.Module):
     """Pads on the right; truncates to CLIP's context length or the model's positions. Raises
     ValueError if the model would lack an input."""
-    # Of one text there is one segment, which models assume. RoCBert has shapes and sounds.
+    # Without token_type_ids models assume one segment, and a caption is one. Other inputs, such as
+    # RoCBert's shapes and pronunciations, would be missing.
     others = set(tokenizer("a dog")) - {"input_ids", "attention_mask", "token_type_ids"}
     if others:
         raise ValueError(f"its tokenizer also gives {', '.join(sorted(others))}, which the text "
@@ -1120,11 +1121,11 @@ def look_up_states(place_of: dict, all_states, captions: list[str]) -> dict:
     """Captions -> a token batch that holds `states` (B, T, W) in place of input_ids.
 
     place_of: {caption: the slice of its rows in all_states}. Raises UserError for others."""
-    for caption in captions:
-        if caption not in place_of:
-            raise UserError(f"'{caption}' is no caption of the data, whose states alone are kept: "
-                            "give --no-cache-lm")
-    states = [all_states[place_of[caption]] for caption in captions]
+    try:
+        states = [all_states[place_of[caption]] for caption in captions]
+    except KeyError as caption:
+        raise UserError(f"states are kept for the data's captions only, and {caption} is none: "
+                        "give --no-cache-lm") from None
     lengths = torch.tensor([len(rows) for rows in states])
     states = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, W)
     mask = torch.arange(states.shape[1]) < lengths[:, None]  # (B, T)

@@ -43,7 +43,7 @@ import torch
 import torchvision
 import transformers
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn import functional as F
 
@@ -804,12 +804,13 @@ def test_compressed_shards_beside_others_are_told(tmp_path, capfd):
     assert f"only .tar files are read, not {tmp_path}/00001.tar.gz" in capfd.readouterr().err
 
 
-def test_an_index_is_of_its_limits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, value", [
+    ("MAX_BYTES", {"jpg": 9999, "txt": 99}), ("MAX_CAPTION", 1)])
+def test_other_limits_make_another_index(tmp_path, monkeypatch, name, value):
     path = write_shards(tmp_path, [1])
-    assert len(ShardIndex(path)) == 1
-    monkeypatch.setattr(data, "MAX_BYTES", data.MAX_BYTES | {"jpg": 1})
-    with pytest.raises(UserError, match="too large"):
-        ShardIndex(path)
+    first = ShardIndex(path).table
+    monkeypatch.setattr(data, name, value)
+    assert ShardIndex(path).table != first
 
 
 @pytest.mark.parametrize("members", [
@@ -1141,6 +1142,14 @@ def test_images_are_seen_as_viewers_show_them(content, expected):
     # A library's user hands Pillow's own image to `preprocess`.
     direct = data.center_crop(decode(content), 4)
     assert torch.equal(direct, data.center_crop(Image.fromarray(expected), 4))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_pillow_turns_them(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = image_bytes(1, (30, 10), "PNG", exif=exif)
+    assert np.array_equal(decoded(content), ImageOps.exif_transpose(decode(content)))
 
 
 def jpeg_of_size(side: int) -> bytes:
@@ -2139,7 +2148,7 @@ def test_kept_states_reach_workers_of_a_forkserver(lm, tmp_path):
 
 
 def test_states_are_kept_for_captions_of_the_data_alone():
-    with pytest.raises(UserError, match="'a dog .' is no caption of the data.* --no-cache-lm"):
+    with pytest.raises(UserError, match="captions only, and 'a dog .' is none: .*--no-cache-lm"):
         paraclip.look_up_states({"a dog": slice(0, 1)}, torch.zeros(1, 2), ["a dog", "a dog ."])
 
 

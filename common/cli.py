@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import math
 import os
 import signal
@@ -119,9 +120,10 @@ ENVIRONMENT_ERRORS = {
 def run(program):
     """Calls a program's main(). What a user can cause ends in one line on stderr and status 2,
     Ctrl-C in status 130, a bug in a traceback."""
-    # A terminal may not know all characters of captions and tokens. A closed stdout is None.
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
+    # A terminal may not know every character of a caption or token. stdout is None if it is closed,
+    # and another object in a notebook.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A program may have let Ctrl-C end its imports without one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2

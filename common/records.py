@@ -105,7 +105,7 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-# How a list becomes a text in CSV, or in img2dataset's .txt.
+# A list of texts as str() writes it. A list column of a CSV file and img2dataset's .txt are such.
 PYTHON_LIST = re.compile(r"\[(['\"].*['\"])?\]\s*", re.DOTALL)
 
 

@@ -35,7 +35,7 @@ ROWS = {
     "finetune": ["paraclip.py", "--text", "finetune"],
     "frozen": ["paraclip.py", "--text", "frozen", "--pool", "mean"],
     "align": ["paraclip.py", "--text", "align"],
-    # As align, its layers held near the frozen states.
+    # Alignment layers that weight decay holds near the frozen states.
     "held": ["paraclip.py", "--text", "align", "--pool", "mean", "--align-weight-decay", "10"],
     "geometry": ["experiments/geometry.py", "--text", "align", "--weight", "2"],
     "soft": ["experiments/geometry.py", "--text", "frozen", "--pool", "mean", "--weight", "1",

@@ -6,8 +6,8 @@
 
 The residual branches of the alignment layers are scaled by a dose between 0 and 1: at 0 the text
 tower pools the frozen language model's states, at 1 it is --text align. In training each caption
-draws its dose, so that one projection serves them all; a run that is resumed draws others than one
-that is not. Tables: docs/experiments.md.
+draws its dose, so that one projection serves them all. A resumed run draws other doses than an
+uninterrupted one. Tables: docs/experiments.md.
 """
 
 import os

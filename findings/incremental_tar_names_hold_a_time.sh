@@ -6,8 +6,8 @@
 #     part of a long name, and puts it before the name. 1.txt and 1.cls, read at different times,
 #     are two samples of webdataset, each with a single field, and no error is raised.
 # Versions: Python 3.11, GNU tar 1.34, webdataset 1.0.2.
-# Why it matters: data sets are backed up with this option, and a restored backup can be trained on
-#     as it is. Captions part from their images, and loaders that skip samples without one go on.
+# Why it matters: data sets are backed up with this option, and such an archive may be trained on as
+#     it is. Captions part from their images, and loaders that skip samples without one go on.
 source "$(dirname "$0")/lib.sh"
 install webdataset==1.0.2
 mkdir set
