@@ -93,7 +93,7 @@ class ShardIndex:
         stats = [os.stat(path) if os.path.exists(path) else None for path in self.shards]
         self.versions = [stat and version_of(stat) for stat in stats]
         # ctime, unlike mtime, tells every change of a file.
-        ctimes = [stat.st_ctime_ns for stat in stats if stat]
+        ctimes = [stat and stat.st_ctime_ns for stat in stats]
         # By user, since several may share the cache folder.
         of_this_set = cache_folder() / hash_of([os.getuid(), self.shards, self.caption_keys])
         # A change of the shards, or of the rules by which they are read, needs another index.
@@ -224,9 +224,10 @@ WINDOW = 24_576
 def epoch_order(n: int, block: int, seed: int, epoch: int):
     """Yields 0 .. n - 1 in an order that is a function of (seed, epoch): blocks of `block`
     neighbours are shuffled over the whole set, then samples within windows of blocks."""
+    # numpy takes (seed, epoch) and (seed, epoch, 0) for the same seed, so windows count from 1.
     blocks = np.random.default_rng((seed, epoch)).permutation(math.ceil(n / block))
     windows = np.array_split(blocks, max(1, n // WINDOW))
-    for number, window in enumerate(windows):
+    for number, window in enumerate(windows, start=1):
         samples = (window[:, None] * block + np.arange(block)).ravel()
         # The last block may be shorter than the others.
         samples = samples[samples < n]
@@ -447,7 +448,11 @@ def find_shards(data: str) -> list[str]:
         if others:
             note(f"'{part}': only .tar files are read, not {others[0]} ({len(others)} such files)")
         shards += tars
-    return list(dict.fromkeys(shards))
+    # A link and the file that it leads to are one shard.
+    unique = {}
+    for path in shards:
+        unique.setdefault(os.path.realpath(path), path)
+    return list(unique.values())
 
 
 def scan_shard(path: Path | str) -> tuple[list[tuple], Counter, Counter]:
@@ -674,18 +679,27 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          8: Image.Transpose.ROTATE_90}
 
 
+def orientation_of(image: Image.Image) -> int:
+    """As EXIF says: 1 is upright, the others are in TURNS. EXIF that cannot be read says nothing.
+    """
+    # Pillow raises whatever it meets in a garbled block.
+    with contextlib.suppress(Exception):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image as viewers show it: turned as EXIF says, on white, 8 bits a channel. Raises
     BadSample."""
     # ImageOps.exif_transpose() also rewrites the rest of EXIF, and fails where that is malformed.
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    turn = TURNS.get(orientation_of(image))
     if turn is not None:
         image = image.transpose(turn)
     if image.mode == "F":
         raise BadSample("floating-point image, whose range is not known")
     if image.mode.startswith("I"):
-        # 16-bit grey, which convert() would clip.
-        image = image.point(lambda value: value / 256).convert("L")
+        # 16-bit grey, which a plain convert("L") would clip. "I" has either order of bytes.
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
         # A transparent shade has 16 bits, and would be compared with the 8 bits that are left.
         image.info.pop("transparency", None)
     if image.has_transparency_data:
@@ -702,13 +716,11 @@ def decode_image(content: bytes, formats=FORMATS) -> torch.Tensor:
         image = Image.open(io.BytesIO(content), formats=formats)
         if image.width * image.height > MAX_PIXELS:
             raise BadSample("too many pixels")
-        if image.format == "JPEG":
-            if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-                # Upright. torchvision gives the same pixels as Pillow, faster. Where it cannot,
-                # Pillow decides.
-                with contextlib.suppress(Exception):
-                    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                    return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
+        if image.format == "JPEG" and orientation_of(image) == 1:
+            # torchvision gives the same pixels as Pillow, faster. Where it cannot, Pillow decides.
+            with contextlib.suppress(Exception):
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return torchvision.io.decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB)
         return TF.pil_to_tensor(to_rgb(image))
     except BadSample:
         raise

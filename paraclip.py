@@ -68,8 +68,8 @@ class Config:
     out: str = flag("", "run folder (default: runs/<data>-<text>)")
     workers: int = flag(0, "loader processes per rank; 0: load between the steps, the fastest on "
                            "two cores; -1: the rank's share of the cores", low=-1)
-    crop: float = flag(0.8, "minimum area fraction of the random resized crop, up to 1", low=0,
-                       high=1)
+    crop: float = flag(0.8, "minimum area of the random resized crop as a fraction of the image's, "
+                            "before it is cut to the image", low=0, high=1)
     flip: bool = flag(
         False, "mirror half of the training images; wrong where captions say left or right")
     augment: bool = flag(

@@ -795,6 +795,23 @@ def test_find_shards_understands_every_spelling(tmp_path):
     assert data.find_shards(joined) == [shards[2], shards[0], shards[1]]
     # A shard that is named twice would be its own negative.
     assert data.find_shards(f"{folder}::{folder}/../{tmp_path.name}/00001.tar") == shards
+    (tmp_path / "latest.tar").symlink_to(shards[2])
+    assert data.find_shards(folder) == shards
+
+
+def test_a_link_that_moves_within_a_range_makes_another_index(tmp_path):
+    real = write_tar(tmp_path / "real.tar", sample(0))
+    link = tmp_path / "0.tar"
+    link.symlink_to(real)
+    both = f"{tmp_path}/{{0..1}}.tar"
+    assert samples_of(ShardIndex(both)) == GOOD[:1]
+    link.rename(tmp_path / "1.tar")
+    assert samples_of(ShardIndex(both)) == GOOD[:1]
+
+
+def test_a_name_like_a_compressed_files_beginning(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("BZh1.jpg", JPEG), ("BZh1.txt", b"c")])
+    assert len(ShardIndex(str(path))) == 1
 
 
 def test_compressed_shards_beside_others_are_told(tmp_path, capfd):
@@ -1133,15 +1150,22 @@ BAD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IHHHI4sHHI4sI", 8, 2, 274, 3, 1, b"\
 @pytest.mark.parametrize("content, expected", [
     (image_bytes(1, (30, 10), exif=EXIF), np.rot90(STORED, k=-1)),
     (image_bytes(1, (30, 10), exif=BAD_EXIF), np.rot90(STORED, k=-1)),
+    (image_bytes(1, (30, 10), dpi=(72, 72), exif=b"Exif\0\0garbage"), STORED),
     (encode(CLEAR), np.full((4, 4, 3), 255, np.uint8)),
     (encode(GREY), np.full((4, 4, 3), 128, np.uint8)),
     (encode(DARK), np.zeros((4, 4, 3), np.uint8))],
-    ids=["EXIF", "malformed EXIF", "transparent", "16 bits", "16 bits with a transparent shade"])
+    ids=["EXIF", "malformed EXIF", "no EXIF at all", "transparent", "16 bits",
+         "16 bits with a transparent shade"])
 def test_images_are_seen_as_viewers_show_them(content, expected):
     assert np.array_equal(decoded(content), expected)
     # A library's user hands Pillow's own image to `preprocess`.
     direct = data.center_crop(decode(content), 4)
     assert torch.equal(direct, data.center_crop(Image.fromarray(expected), 4))
+
+
+def test_grey_of_16_bits_may_begin_with_its_high_byte():
+    image = Image.frombytes("I;16B", (4, 4), np.full((4, 4), 32768, ">u2").tobytes())
+    assert np.array_equal(data.to_rgb(image), np.full((4, 4, 3), 128))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -1217,6 +1241,13 @@ def test_epochs_are_permutations_and_seeds_mix_other_samples(monkeypatch):
     for seed, epoch in [(1, 0), (0, 1)]:
         other = list(data.epoch_order(5003, 10, seed, epoch))
         assert len(set(order[:1000]) & set(other[:1000])) < 400
+
+
+def test_blocks_and_windows_are_shuffled_independently():
+    # One permutation applied twice would leave two samples in their place on average.
+    orders = np.array([list(data.epoch_order(50, 1, seed, 1)) for seed in range(400)])
+    stay = (orders == range(50)).sum(axis=1)
+    assert 0.8 < stay.mean() < 1.2
 
 
 def as_letters(captions: list[str]) -> dict:

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 
 # How gzip, bzip2, xz and zstd begin.
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+COMPRESSED = re.compile(rb"\x1f\x8b|BZh[1-9]1AY&SY|\xfd7zXZ|\x28\xb5\x2f\xfd")
 # In a tar file a header comes before each member, and both are filled up to blocks of this size. A
 # block of zeros ends it.
 BLOCK = tarfile.BLOCKSIZE
@@ -30,7 +30,7 @@ def list_members(file):
     """(name, offset, bytes) of each file in an open tar file, in their order; 0 bytes for what is
     no plain file, such as a link. Raises ArchiveError, or whatever tarfile meets in a broken one,
     after giving what comes before the fault."""
-    if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
+    if COMPRESSED.match(os.pread(file.fileno(), 16, 0)):
         raise ArchiveError("compressed shard, to be unpacked first")
     try:
         return list_plain(file)
