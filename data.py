@@ -43,7 +43,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from filelock import FileLock  # a dependency of torch
+from filelock import FileLock
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as TF
@@ -64,7 +64,7 @@ class BadSample(ValueError):
 # A row: the number of a shard, and the offset and size in bytes of the two members in it.
 ROW = np.dtype([("shard", "<u4"), ("image", "<u8"), ("image_size", "<u4"),
                 ("caption", "<u8"), ("caption_size", "<u4"), ("is_json", "?")])
-# Neighbours are read from disk together, about so many bytes at a time.
+# Neighbours are read from disk together, about this many bytes at a time.
 BLOCK_BYTES = 4 << 20
 MAX_AGE = 7 * 24 * 3600  # seconds that a set's former index is kept
 RUN_AGE = 3600  # seconds in which the ranks of a run take an index that lacks an unreadable shard
@@ -217,7 +217,7 @@ def age_of(path: Path) -> float:
 #   [0 1 2] [3 4 5] [6 7 8] ...     cut into blocks of neighbours
 #   [6 7 8] [0 1 2] | [3 4 5] ...   blocks shuffled, and grouped into windows
 #   7 0 8 2 6 1 | 4 9 3 ...         samples shuffled within each window; batches are cut from these
-# A window has about this many samples, if the set has them, and less than twice as many.
+# A window has about this many samples, if the set has them, and fewer than twice as many.
 WINDOW = 24_576
 
 
@@ -241,7 +241,8 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
     It is the rank-th slice of every global batch. What remains at an epoch's end and fills no
     global batch is dropped.
     """
-    # Of several machines each reads a part of every block only: the whole would be too much.
+    # With several machines each needs a part of every block only, so reading whole blocks ahead
+    # would be too much.
     one_machine = world_size == int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     steps_per_epoch = len(index) // batch_size
     slice_size = batch_size // world_size
@@ -261,9 +262,10 @@ def batch_order(index: ShardIndex, batch_size: int, seed: int, start: int, steps
 
 
 # ---- samples and batches -------------------------------------------------------------------------
-# If so many samples in a row are bad, the set is called unusable.
+# If this many samples in a row are bad, the set is called unusable.
 MAX_REPLACEMENTS = 100
-# tokenize_groups makes at most LENGTH_GROUPS groups, each of at least MIN_GROUP captions.
+# tokenize_groups makes at most LENGTH_GROUPS groups, each but the last of at least MIN_GROUP
+# captions.
 LENGTH_GROUPS = 4
 MIN_GROUP = 32
 
@@ -366,7 +368,7 @@ def training_loader(index: ShardIndex, cfg, start: int, steps: int, rank: int, w
     """
     # Every tensor that a worker hands over takes a file descriptor.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some systems allow less than their own limit.
+    # Some systems, such as macOS, refuse a soft limit that their hard limit would allow.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 16), hard))
     return make_loader(
@@ -387,7 +389,7 @@ def make_loader(dataset, workers: int, **options) -> DataLoader:
 
 def leave_signals_to_parent(worker: int):
     # A scheduler signals every process of a job, and the parent needs its workers until it has
-    # finished its step and saved. Ten minutes later a worker ends by itself.
+    # finished its step and saved. Some time later a worker ends by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(600))
@@ -407,7 +409,8 @@ def kill_workers():
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif")
 # Larger members cannot be used.
 MAX_BYTES = dict.fromkeys(IMAGE_TYPES, 64 << 20) | {"txt": 1 << 20, "json": 1 << 20}
-# Language models keep some 77 tokens of a caption; a page of text would only slow the tokenizer.
+# Language models keep a few dozen tokens of a caption; a page of text would only slow their
+# tokenizers.
 MAX_CAPTION = 10_000
 
 
@@ -608,7 +611,7 @@ def open_version(path: str, ctime: int):
 
 def read_range(path: str, offset: int, size: int, version: tuple | None = None) -> bytes:
     """`size` bytes of a file from `offset` on. Raises BadSample if they cannot be read, or if the
-    file is no longer the one of this version_of()."""
+    file is no longer the one whose version_of() is `version`."""
     try:
         file = open_shard(path)
         changed = version and version_of(os.fstat(file.fileno())) != version
@@ -680,8 +683,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 
 def orientation_of(image: Image.Image) -> int:
-    """As EXIF says: 1 is upright, the others are in TURNS. EXIF that cannot be read says nothing.
-    """
+    """EXIF's: 1 is upright, the others are in TURNS. 1 if EXIF is absent or cannot be read."""
     # Pillow raises whatever it meets in a garbled block.
     with contextlib.suppress(Exception):
         return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -698,7 +700,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadSample("floating-point image, whose range is not known")
     if image.mode.startswith("I"):
-        # 16-bit grey, which a plain convert("L") would clip. "I" has either order of bytes.
+        # 16-bit grey, which convert("L") alone would clip. point() takes one order of bytes only,
+        # and "I" has it.
         image = image.convert("I").point(lambda value: value / 256).convert("L")
         # A transparent shade has 16 bits, and would be compared with the 8 bits that are left.
         image.info.pop("transparency", None)
@@ -806,6 +809,7 @@ def look_at(numbers: list[int], index: ShardIndex) -> list[Look]:
         try:
             content = index.image(i)
             image = decode_image(content)
+            # Only for the time it takes: images/s are those of training.
             random_crop(image, 224, 0.5, random.Random(i))
             kind = Image.open(io.BytesIO(content)).format
             looks.append(Look("", kind, *image.shape[1:], len(index.captions(i))))

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -482,18 +483,19 @@ class Vectors:
             if name not in known:
                 # Opened only to see whether it can be.
                 _, _, faults = collate_images([(name, read)], lambda image: 0)
-                # It can, so that a vector of it is missing: look_up() complains.
+                # It can be, so its vector is missing, and look_up() says so.
                 if not faults:
                     break
                 failed += faults
-        unreadable = note_skipped(gallery, failed)
+        note_skipped(gallery, failed)
+        unreadable = dict(failed)
         names = [name for name in gallery.names if name not in unreadable]
         return names, np.stack(look_up(self.path, known, names, "vectors", "images"))
 
 
 def look_up(path: str, found: dict, keys: list[str], kind: str, what: str) -> list:
     """found[key] of all keys. Raises UserError if one is missing: it must not count as a search
-    that failed, since the file would then be asked something else than the models."""
+    that failed, since the file would then be measured on less than the models."""
     missing = [key for key in keys if key not in found]
     if missing:
         raise UserError(f"{path}: no {kind} for {len(missing)} of {len(keys)} {what}, such as "
@@ -603,7 +605,8 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
                             "encode_image(batch), encode_text(list of str)")
     # Features that move with padding do so in a batch with a longer text.
     texts = ["a dog", "a cat", "a red car on the left of a dog"]
-    text_features = encode(model.encode_text, texts, len(texts), name)
+    # A list of its own in every call, since a model may write its prompts into it.
+    text_features = encode(model.encode_text, texts[:], len(texts), name)
     if torch.equal(text_features[0], text_features[1]):
         raise UserError(f"{name}: it gives 'a dog' and 'a cat' the same features: is its tokenizer "
                         "missing?")
@@ -611,25 +614,32 @@ def check_model(name: str, model, with_images: bool, tolerance: float):
     compared = [("text", text_features[0], encode(model.encode_text, texts[:1], 1, name)),
                 ("text", text_features[0], encode(model.encode_text, texts[:2], 2, name))]
     if with_images:
-        # Two sizes, since a preprocess() that crops nothing fits images of one size only.
-        wide, tall = Image.new("RGB", (64, 48), "gray"), Image.new("RGB", (40, 56), "olive")
-        images = [model.preprocess(wide), model.preprocess(tall)]
+        # Two sizes, since a preprocess() that crops nothing fits images of one size only. Noise,
+        # since a random crop of one colour would be that colour. One is darker, so that the mean
+        # of the batch is not that of either.
+        pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+        wide, tall = Image.fromarray(pixels[:48]), Image.fromarray(pixels[8:, 24:] // 4)
+        # A copy, since a model may fill one buffer again and again.
+        images = [copy.deepcopy(model.preprocess(image)) for image in (wide, tall, wide)]
         with expecting(name, "preprocess(image) to return a tensor, or a dict of tensors, of the "
                              "same shape for every image"):
-            batches = default_collate(images), default_collate(images[:1])
+            batches = default_collate(images[:2]), default_collate(images[2:])
         both, alone = [encode(model.encode_image, batch, size, name)
                        for batch, size in zip(batches, (2, 1))]
         if both.shape[1] != text_features.shape[1]:
             raise UserError(f"{name}: image features have {both.shape[1]} numbers, text "
                             f"features {text_features.shape[1]}: expected the same number")
+        if torch.equal(both[0], both[1]):
+            raise UserError(f"{name}: it gives two different images the same features")
         compared.append(("image", both[0], alone))
     for what, together, apart in compared:
         moved = (normalize(together[None], dim=-1) - normalize(apart[:1], dim=-1)).norm().item()
         if moved > tolerance:
             raise UserError(
                 f"{name}: the unit vector of the same {what} moves by {moved:.2g} with what is "
-                "encoded beside it. Call .eval() on the model, pad texts on the right or to full "
-                "length as in its training, and pass the attention_mask")
+                "encoded beside it, or with each call. Call .eval() on the model, let preprocess() "
+                "draw nothing at random, pad texts on the right or to full length as in its "
+                "training, and pass the attention_mask")
 
 
 @torch.inference_mode()
@@ -789,7 +799,8 @@ def collate_images(items: list, preprocess):
             failed.append((name, str(error).partition("\n")[0] or type(error).__name__))
         else:
             names.append(name)
-            images.append(image)
+            # A copy, since a model may fill one buffer again and again.
+            images.append(copy.deepcopy(image))
     return names, default_collate(images) if images else None, failed
 
 
@@ -808,9 +819,8 @@ class EncodedGallery:
 
 
 def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
-    names = gallery.names
     if isinstance(model, RankedLists):
-        return EncodedGallery(gallery, names, None)
+        return EncodedGallery(gallery, gallery.names, None)
     if isinstance(model, Vectors):
         names, features = model.encode_gallery(gallery)
         # Nothing is encoded here, but the features are checked as a model's are.
@@ -827,16 +837,15 @@ def embed_images(model, gallery: Gallery, cfg: EvalConfig) -> EncodedGallery:
             features.append(encode(model.encode_image, batch, len(batch_names)))
     note_skipped(gallery, skipped)
     if not readable:
-        raise UserError(f"none of the {len(names)} images can be read")
+        raise UserError(f"none of the {len(gallery.names)} images can be read")
     return EncodedGallery(gallery, readable, torch.cat(features))
 
 
-def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]) -> set[str]:
-    """Says which images are skipped, and returns their names. failed: [(name, reason)]."""
+def note_skipped(gallery: Gallery, failed: list[tuple[str, str]]):
+    """Says which images are skipped. failed: [(name, reason)]."""
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed[:20])
         note(f"skipped {len(failed)} of {len(gallery.names)} images: {reasons}")
-    return {name for name, _ in failed}
 
 
 # ---- readers of evaluation files -----------------------------------------------------------------
@@ -934,8 +943,14 @@ def read_sts(path) -> list[tuple[str, str, float]]:
 
 
 def read_classnames(path) -> list[str]:
-    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca"."""
-    return [re.sub(r"^n\d{8} ([^,]*).*", r"\1", line) for line in read_lines(path)]
+    """A class name per line; the first one of lines such as "n01440764 tench, Tinca tinca". Raises
+    UserError if their WordNet ids do not ascend, as those of folders do."""
+    lines = read_lines(path)
+    ids = [line.split()[0] for line in lines if re.match(r"n\d{8}\s", line)]
+    if ids != sorted(ids):
+        raise UserError(f"{path}: the WordNet ids of its lines do not ascend, as those of the "
+                        "folders do: sort its lines")
+    return [re.sub(r"^n\d{8}\s+([^,]*).*", r"\1", line) for line in lines]
 
 
 def read_templates(path) -> list[str]:
@@ -1031,7 +1046,7 @@ def read_classes(source: str) -> tuple[Gallery, list[str], dict[str, int], str |
         # A dog, and not the garment, which is another class.
         categories[categories.index("Cardigan")] = "Cardigan Welsh corgi"
         return gallery, categories, labels, "torchvision"
-    names = [name.replace("_", " ") for name in folders]
+    names = [fix_surrogates(name).replace("_", " ") for name in folders]
     return gallery, names, labels, None if wordnet or is_imagenet else "its folders"
 
 

@@ -121,7 +121,7 @@ class Config:
         0, "steps between checkpoints that stay beside model.pt; 0: none", low=0)
 
     def __post_init__(self):
-        # Of a Config that is made in Python, too, or read from a checkpoint.
+        # Here, so that a Config made in Python or read from a checkpoint is checked as well.
         check_ranges(self)
         if self.image_size % self.patch_size:
             raise UserError(f"--image-size {self.image_size} must be a multiple of --patch-size "
@@ -235,7 +235,7 @@ def conv_stem(patch_size: int, width: int):
     inner = [max(16, width // 2 ** remaining) for remaining in reversed(range(1, halvings))]
     channels = [3, *inner, width]
     layers = []
-    for c_in, c_out in zip(channels, channels[1:]):
+    for c_in, c_out in itertools.pairwise(channels):
         conv = nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         layers += [conv, nn.GELU()]
@@ -597,23 +597,20 @@ def forward_backward(parallel, objective: Contrastive, batch):
     text_grads = text_features.grad.split([len(part) for part in text_parts])
 
     # Pass 2: every micro-batch again, with a graph, backward from the gradients of its features.
+    # The temperature's gradient is that of the whole batch: each micro-batch adds an equal share.
+    scale_grad = logit_scale.grad / len(micro_batches)
     for i, micro_batch in enumerate(micro_batches):
-        is_last = i == len(micro_batches) - 1
         # Ranks exchange gradients once a step, in the last micro-batch.
-        skip_exchange = dist.is_initialized() and not is_last
+        skip_exchange = dist.is_initialized() and i < len(micro_batches) - 1
         with parallel.no_sync() if skip_exchange else contextlib.nullcontext():
-            image_part, text_part, scale = parallel(*micro_batch)
-            tensors, grads = [image_part, text_part], [image_grads[i], text_grads[i]]
-            if is_last:
-                # The temperature's gradient is that of the whole batch, so it enters once.
-                tensors.append(scale)
-                grads.append(logit_scale.grad)
-            torch.autograd.backward(tensors, grads)
+            torch.autograd.backward(parallel(*micro_batch),
+                                    (image_grads[i], text_grads[i], scale_grad))
     return loss.detach(), accuracy
 
 
 # (c1, c3, c5) of quintics c1 s + c3 s^3 + c5 s^5, as in arXiv 2505.16932. The first brings singular
-# values s of [0.01, 1] as close to 1 as a quintic can, each other one what the one before leaves.
+# values s of [0.01, 1] as close to 1 as a quintic can; each later one does so for the range that
+# the one before leaves.
 QUINTICS = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
@@ -651,7 +648,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                # A layer that the forward pass does not use.
+                # A weight on which the objective's loss does not depend.
                 if p.grad is None:
                     continue
                 if "momentum_buffer" not in self.state[p]:
@@ -680,7 +677,7 @@ def make_optimizers(model: ParaCLIP, cfg: Config) -> list:
     convolutions inside the towers and for the text projection of --text frozen, AdamW for the rest.
 
     Weight decay is on matrices only, a convolution's kernel among them: not on norms, biases,
-    logit_scale, nor on the ViT's class token. A finetuned language model has a lower learning rate
+    logit_scale or the ViT's class token. A finetuned language model has a lower learning rate
     and no decay: decay would shrink the embeddings of words that the captions never use, and a
     rare synonym is such a word. Alignment blocks start as the identity, so that decay draws them
     back to the frozen states: --align-weight-decay says how strongly.
@@ -884,16 +881,14 @@ def load_lm(name: str, pretrained: bool, frozen: bool):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         missing = []
         if pretrained:
             whole, report = transformers.AutoModel.from_pretrained(
                 path, output_loading_info=True, **options)
             missing = report["missing_keys"]
         else:
-            config = transformers.AutoConfig.from_pretrained(
-                path, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
             whole = transformers.AutoModel.from_config(config, **options)
         lm = text_part(whole)
         if hasattr(lm, "pooler"):
@@ -1092,7 +1087,7 @@ def keep_lm_states(model: ParaCLIP, index: ShardIndex):
         except BadSample as reason:
             raise UserError(f"--cache-lm: sample {i}: {reason}; add --no-cache-lm") from None
         captions |= new
-        # A word has one token at least. This ends early where there are hundreds of millions.
+        # A word has one token at least, so that hundreds of millions of captions are refused early.
         least += sum(min(len(caption.split()), longest) for caption in new)
         check_memory(least)
     # Captions of equally many tokens together need hardly any padding.
@@ -1124,8 +1119,8 @@ def look_up_states(place_of: dict, all_states, captions: list[str]) -> dict:
     try:
         states = [all_states[place_of[caption]] for caption in captions]
     except KeyError as caption:
-        raise UserError(f"states are kept for the data's captions only, and {caption} is none: "
-                        "give --no-cache-lm") from None
+        raise UserError(f"states are kept for the data's captions only, and {caption} is not one "
+                        "of them: give --no-cache-lm") from None
     lengths = torch.tensor([len(rows) for rows in states])
     states = nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, W)
     mask = torch.arange(states.shape[1]) < lengths[:, None]  # (B, T)
@@ -1183,6 +1178,7 @@ def load_model(path, device="cpu", precision: str = "fp32", lm: str = "") -> Par
     return model.to(device).eval()
 
 
+# ---- main ----------------------------------------------------------------------------------------
 def main(argv=None, config=Config, make_objective=Contrastive):
     cfg = parse_config(config, argv, RECIPES)
     # The tokenizer's threads do not survive a fork, and it would warn in every loader worker.

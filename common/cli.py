@@ -124,7 +124,7 @@ def run(program):
     # and another object in a notebook.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # A program may have let Ctrl-C end its imports without one.
+    # A program may have let Ctrl-C end its imports without a traceback.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 2
     try:

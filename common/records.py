@@ -105,7 +105,7 @@ def fix_surrogates(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-# A list of texts as str() writes it. A list column of a CSV file and img2dataset's .txt are such.
+# A list of texts as str() writes it. List columns of CSV files and img2dataset's .txt have such.
 PYTHON_LIST = re.compile(r"\[(['\"].*['\"])?\]\s*", re.DOTALL)
 
 

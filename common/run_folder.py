@@ -132,7 +132,7 @@ class RunFolder:
                    seconds=self.seconds)
         self.last_step, self.last_time, self.waited = step, now, 0.0
         line = json.dumps(row).encode() + b"\n"
-        # A full disk may have no room for a row, and later for a checkpoint.
+        # A disk that is full now may have room again for the next checkpoint, so training goes on.
         try:
             with open(self.path / "log.jsonl", "ab") as file:
                 # Cut off rows of steps that are taken again, and half a row on a full disk.

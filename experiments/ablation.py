@@ -211,29 +211,25 @@ def complete(cfg: AblationConfig, measured: dict, extra: list[str],
         os.environ["OMP_NUM_THREADS"] = "1"
 
     def take_core():
-        # On Linux this is the calling thread's affinity. The programs that it starts inherit it.
+        # On Linux this is the calling thread's affinity: the programs that it starts inherit it,
+        # and this process keeps all of its cores.
         if cores:
             os.sched_setaffinity(0, {cores.pop()})
 
-    # Affinity belongs to a thread: those of the pool hand theirs on, and this process keeps all of
-    # its cores.
     with ThreadPoolExecutor(cfg.jobs, initializer=take_core) as pool:
-        futures = {}
-        for seed in cfg.seeds:
-            for row in cfg.rows:
-                job = cfg, measured, extra, row, seed, steps.get(row, 0)
-                futures.setdefault(row, []).append(pool.submit(train_and_measure, *job))
+        futures = {(row, seed): pool.submit(train_and_measure, cfg, measured, extra, row, seed,
+                                            steps.get(row, 0))
+                   for seed in cfg.seeds for row in cfg.rows}
         try:
             # The first failure ends the ablation, whichever row it is in.
-            done, _ = wait([future for row in cfg.rows for future in futures[row]],
-                           return_when=FIRST_EXCEPTION)
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
         except BaseException:
             # Without this the jobs that have not begun would still be done.
             pool.shutdown(cancel_futures=True)
             raise
-        return {row: [future.result() for future in futures[row]] for row in cfg.rows}
+        return {row: [futures[row, seed].result() for seed in cfg.seeds] for row in cfg.rows}
 
 
 # ---- read and average ----------------------------------------------------------------------------
@@ -336,9 +332,7 @@ def average(runs: list[dict[str, float]]) -> dict[str, dict]:
 
 def print_table(title: str, table: dict[str, dict]):
     """table: {row: {column: {mean, sd}}}. A row may lack columns."""
-    names = []
-    for row in table.values():
-        names += [name for name in row if name not in names]
+    names = list(dict.fromkeys(name for row in table.values() for name in row))
     print(f"\n| {title} | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
     for row, values in table.items():
         cells = [row]
