@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import networkx
 import numpy as np
 import torch
 import torchvision
@@ -581,6 +582,21 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
     return model
 
 
+@contextlib.contextmanager
+def own_modules():
+    """Afterwards the modules that came from folders newly on sys.path are forgotten: helpers of the
+    next model may have the same names."""
+    path, modules = sys.path[:], set(sys.modules)
+    try:
+        yield
+    finally:
+        names = {file.stem for folder in set(sys.path) - set(path) for file in Path(folder).iterdir()}
+        for module in set(sys.modules) - modules:
+            if module.partition(".")[0] in names:
+                del sys.modules[module]
+        sys.path[:] = path
+
+
 def import_file(path: Path):
     """The module in this file."""
     if not path.is_file() or "." in path.stem:
@@ -1091,15 +1107,22 @@ def compare_lists(first, second, k: int) -> dict[str, np.ndarray]:
 
 def group_numbers(pairs: list[Pair]) -> np.ndarray:
     """A number for each pair, the same for those that are not independent of each other: those of
-    the same "group" or, where there is none, of the same correct images, or else query."""
-    numbers, groups = {}, []
-    for pair in pairs:
-        key = tuple(sorted(pair.images)) or pair.query
+    the same "group" or, where there is none, of the same correct images or the same query, directly
+    or by way of other pairs."""
+    graph = networkx.Graph()
+    for i, pair in enumerate(pairs):
         if pair.group is not None:
             # A table has texts where JSON has numbers.
-            key = ("group", str(pair.group))
-        groups.append(numbers.setdefault(key, len(numbers)))
-    return np.array(groups)
+            keys = [("group", str(pair.group))]
+        else:
+            keys = [("query", pair.query)]
+            if pair.images:
+                keys.append(("images", *sorted(pair.images)))
+        graph.add_edges_from((i, key) for key in keys)
+    groups = np.empty(len(pairs), int)
+    for number, component in enumerate(networkx.connected_components(graph)):
+        groups[[i for i in component if isinstance(i, int)]] = number
+    return groups
 
 
 def unrelated(pairs: list[Pair], groups: np.ndarray, seed: int) -> np.ndarray:
@@ -1729,8 +1752,9 @@ def main(argv=None):
     measured, failures = {}, []
     for name, label in zip(models, labels):
         try:
-            model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
-            measured[label] = measure_model(name, model, tasks, cfg)
+            with own_modules():
+                model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
+                measured[label] = measure_model(name, model, tasks, cfg)
         except Exception as error:
             # One model does not cost the others' numbers.
             if len(models) == 1:

@@ -2766,6 +2766,8 @@ def test_unrelated_pairs_share_nothing():
     pytest.param(make_pairs("abc", [["1", "2"], ["2", "1"], ["1"]]), [0, 0, 1], id="images"),
     pytest.param(make_pairs("abc", [["1"], ["1"], ["2"]], [7, 8, "7"]), [0, 1, 0], id="group"),
     pytest.param(make_pairs("aab", [[], [], []]), [0, 0, 1], id="query"),
+    pytest.param(make_pairs("abca", [["1"], ["2"], ["2"], ["2"]]), [0, 0, 0, 0], id="either"),
+    pytest.param(make_pairs("aa", [["1"], ["2"]], [1, 2]), [0, 1], id="queries of two groups"),
 ])
 def test_pairs_are_grouped_by(pairs, groups):
     assert ev.group_numbers(pairs).tolist() == groups
@@ -3482,6 +3484,22 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     (tmp_path / "data.py").write_text(MODEL_FILE)
     message = error_line(capsys, ev, f"{tmp_path}/data.py:Good", *PAIRS)
     assert "another module has its name" in message and sys.modules["data"] is data
+
+
+def test_helpers_of_two_models_may_have_one_name(cd, capsys, tmp_path):
+    for folder, sign in (("first", 1), ("second", -1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helper.py").write_text(f"sign = {sign}")
+        (tmp_path / folder / "own.py").write_text(MODEL_FILE + """
+from helper import sign
+class Signed(Good):
+    def encode_image(self, batch): return sign * batch[:, :3]
+""")
+    path = sys.path[:]
+    first, second = evaluate(capsys, tmp_path / "first/own.py:Signed",
+                             tmp_path / "second/own.py:Signed", *READABLE)
+    assert first["paraphrase_recall"] != second["paraphrase_recall"]
+    assert sys.path == path and "helper" not in sys.modules
 
 
 @pytest.mark.parametrize("name, complaint", [
