@@ -583,18 +583,21 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
 
 
 @contextlib.contextmanager
-def own_modules():
-    """Afterwards the modules that came from folders newly on sys.path are forgotten: helpers of the
+def own_modules(name: str):
+    """After a model FILE.py:NAME is measured, forgets the modules of FILE's folder: helpers of the
     next model may have the same names."""
+    folder = Path(name.rpartition(":")[0]).resolve().parent
     path, modules = sys.path[:], set(sys.modules)
     try:
         yield
     finally:
-        names = {file.stem for folder in set(sys.path) - set(path) for file in Path(folder).iterdir()}
-        for module in set(sys.modules) - modules:
-            if module.partition(".")[0] in names:
-                del sys.modules[module]
-        sys.path[:] = path
+        # Nothing is forgotten of other models, nor of a folder that Python searches anyway.
+        if str(folder) in set(sys.path) - set(path):
+            sys.path.remove(str(folder))
+            helpers = {file.stem for file in folder.iterdir()}
+            for module in set(sys.modules) - modules:
+                if module.partition(".")[0] in helpers:
+                    del sys.modules[module]
 
 
 def import_file(path: Path):
@@ -1752,7 +1755,7 @@ def main(argv=None):
     measured, failures = {}, []
     for name, label in zip(models, labels):
         try:
-            with own_modules():
+            with own_modules(name):
                 model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
                 measured[label] = measure_model(name, model, tasks, cfg)
         except Exception as error:
