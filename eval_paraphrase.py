@@ -583,21 +583,36 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
 
 
 @contextlib.contextmanager
-def own_modules(name: str):
-    """After a model FILE.py:NAME is measured, forgets the modules of FILE's folder: helpers of the
+def own_modules(folder: Path):
+    """After the models FILE.py:NAME of a folder are measured, forgets its modules: helpers of the
     next model may have the same names."""
-    folder = Path(name.rpartition(":")[0]).resolve().parent
     path, modules = sys.path[:], set(sys.modules)
     try:
         yield
     finally:
-        # Nothing is forgotten of other models, nor of a folder that Python searches anyway.
-        if str(folder) in set(sys.path) - set(path):
-            sys.path.remove(str(folder))
-            helpers = {file.stem for file in folder.iterdir()}
-            for module in set(sys.modules) - modules:
-                if module.partition(".")[0] in helpers:
-                    del sys.modules[module]
+        # FILE may have put its folder, or one inside, on sys.path itself; an installed package that
+        # did so stays. Nothing is forgotten of a folder that Python searches anyway.
+        added = {entry: Path(entry).resolve() for entry in set(sys.path) - set(path)
+                 if Path(entry).resolve().is_relative_to(folder) and "site-packages" not in entry}
+        sys.path[:] = [entry for entry in sys.path if entry not in added]
+        imported = set(sys.modules) - modules
+        tops = {module.partition(".")[0] for module in imported}
+        own = {top for top in tops if origin(top) in added.values()}
+        for module in imported:
+            if module.partition(".")[0] in own:
+                del sys.modules[module]
+
+
+def origin(name: str) -> Path | None:
+    """The folder on sys.path that this module came from."""
+    module = sys.modules.get(name)
+    places = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
+    return Path(places[0]).resolve().parent if places[0] else None
+
+
+def folder_of(name: str) -> Path:
+    """Of a model FILE.py:NAME; of another one, whose folder is never on sys.path, any."""
+    return Path(name.rpartition(":")[0]).resolve().parent
 
 
 def import_file(path: Path):
@@ -802,6 +817,7 @@ def open_image(read) -> Image.Image:
     return cut_long_side(to_pil_image(decode_image(content, GALLERY_FORMATS)))
 
 
+@torch.no_grad()
 def collate_images(items: list, preprocess):
     """(names, batch of preprocess(image), or None if all failed, [(name, reason it failed)]).
 
@@ -1753,20 +1769,22 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False
 
     measured, failures = {}, []
-    for name, label in zip(models, labels):
-        try:
-            with own_modules(name):
-                model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
-                measured[label] = measure_model(name, model, tasks, cfg)
-        except Exception as error:
-            # One model does not cost the others' numbers.
-            if len(models) == 1:
-                raise
-            if not isinstance(error, (UserError, OSError)):
-                traceback.print_exc()
-            failures.append(f"{name}: {error}".replace(f"{name}: {name}", name))
-        # The next model may need the memory.
-        model = None
+    # Neighbours of one folder share its modules, which may not bear being imported twice.
+    for folder, group in itertools.groupby(zip(models, labels), lambda pair: folder_of(pair[0])):
+        with own_modules(folder):
+            for name, label in group:
+                try:
+                    model = open_model(name, cfg, any(task.gallery for task in tasks.values()))
+                    measured[label] = measure_model(name, model, tasks, cfg)
+                except Exception as error:
+                    # One model does not cost the others' numbers.
+                    if len(models) == 1:
+                        raise
+                    if not isinstance(error, (UserError, OSError)):
+                        traceback.print_exc()
+                    failures.append(f"{name}: {error}".replace(f"{name}: {name}", name))
+                # The next model may need the memory.
+                model = None
 
     reports, columns, details = [], [], {}
     for name, label in zip(models, labels):

@@ -3486,11 +3486,13 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     assert "another module has its name" in message and sys.modules["data"] is data
 
 
-def test_helpers_of_two_models_may_have_one_name(cd, capsys, tmp_path):
+@pytest.mark.parametrize("begin", [
+    "", "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))"])
+def test_helpers_of_two_models_may_have_one_name(cd, capsys, tmp_path, begin):
     for folder, sign in (("first", 1), ("second", -1)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "helper.py").write_text(f"sign = {sign}")
-        (tmp_path / folder / "own.py").write_text(MODEL_FILE + """
+        (tmp_path / folder / "own.py").write_text(begin + MODEL_FILE + """
 from helper import sign
 class Signed(Good):
     def encode_image(self, batch): return sign * batch[:, :3]
@@ -3500,6 +3502,20 @@ class Signed(Good):
                              tmp_path / "second/own.py:Signed", *READABLE)
     assert first["paraphrase_recall"] != second["paraphrase_recall"]
     assert sys.path == path and "helper" not in sys.modules
+
+
+def test_a_users_file_is_run_once_for_all_its_models(cd, capsys, tmp_path):
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'runs')!r}, 'a').write('x')" + MODEL_FILE + """
+import xmlrpc.client
+class Second(Good):
+    weight = torch.nn.Parameter(torch.ones(1))
+    def preprocess(self, image): return self.weight * Good.preprocess(self, image)
+""")
+    # A file that has an installed module's name, but is none.
+    (tmp_path / "xmlrpc.txt").touch()
+    evaluate(capsys, tmp_path / "own.py:Good", tmp_path / "own.py:Second", *READABLE)
+    assert (tmp_path / "runs").read_text() == "x" and "xmlrpc.client" in sys.modules
 
 
 @pytest.mark.parametrize("name, complaint", [
