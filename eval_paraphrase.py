@@ -582,37 +582,38 @@ def open_model(name: str, cfg: EvalConfig, with_images: bool = True):
     return model
 
 
+def folder_of(name: str) -> Path | None:
+    """The folder of a model FILE.py:NAME; None for every other model."""
+    file = name.rpartition(":")[0]
+    return Path(file).resolve().parent if file.endswith(".py") else None
+
+
 @contextlib.contextmanager
 def own_modules(folder: Path):
-    """After the models FILE.py:NAME of a folder are measured, forgets its modules: helpers of the
-    next model may have the same names."""
+    """Afterwards forgets what models of this folder imported from it: helpers of the next models
+    may have the same names."""
     path, modules = sys.path[:], set(sys.modules)
     try:
         yield
     finally:
-        # FILE may have put its folder, or one inside, on sys.path itself; an installed package that
-        # did so stays. Nothing is forgotten of a folder that Python searches anyway.
+        # FILE.py may have put its folder, or one inside, on sys.path itself. Installed packages
+        # stay, even if the environment lies in the folder.
         added = {entry: Path(entry).resolve() for entry in set(sys.path) - set(path)
                  if Path(entry).resolve().is_relative_to(folder) and "site-packages" not in entry}
         sys.path[:] = [entry for entry in sys.path if entry not in added]
         imported = set(sys.modules) - modules
-        tops = {module.partition(".")[0] for module in imported}
-        own = {top for top in tops if origin(top) in added.values()}
+        packages = {module.partition(".")[0] for module in imported}
+        own = {package for package in packages if origin(package) in added.values()}
         for module in imported:
             if module.partition(".")[0] in own:
                 del sys.modules[module]
 
 
-def origin(name: str) -> Path | None:
-    """The folder on sys.path that this module came from."""
-    module = sys.modules.get(name)
+def origin(package: str) -> Path | None:
+    """The folder that a package or single module was imported from."""
+    module = sys.modules.get(package)
     places = [*getattr(module, "__path__", []), getattr(module, "__file__", None)]
     return Path(places[0]).resolve().parent if places[0] else None
-
-
-def folder_of(name: str) -> Path:
-    """Of a model FILE.py:NAME; of another one, whose folder is never on sys.path, any."""
-    return Path(name.rpartition(":")[0]).resolve().parent
 
 
 def import_file(path: Path):
@@ -817,6 +818,7 @@ def open_image(read) -> Image.Image:
     return cut_long_side(to_pil_image(decode_image(content, GALLERY_FORMATS)))
 
 
+# preprocess() may have weights, and a tensor with a gradient's history cannot be copied.
 @torch.no_grad()
 def collate_images(items: list, preprocess):
     """(names, batch of preprocess(image), or None if all failed, [(name, reason it failed)]).
@@ -1769,9 +1771,10 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False
 
     measured, failures = {}, []
-    # Neighbours of one folder share its modules, which may not bear being imported twice.
+    # Models of one folder that follow each other share its modules: some must not be run twice,
+    # such as those that register an operator.
     for folder, group in itertools.groupby(zip(models, labels), lambda pair: folder_of(pair[0])):
-        with own_modules(folder):
+        with own_modules(folder) if folder else contextlib.nullcontext():
             for name, label in group:
                 try:
                     model = open_model(name, cfg, any(task.gallery for task in tasks.values()))

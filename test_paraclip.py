@@ -3486,12 +3486,15 @@ def test_a_users_file_replaces_no_module(cd, capsys, tmp_path):
     assert "another module has its name" in message and sys.modules["data"] is data
 
 
-@pytest.mark.parametrize("begin", [
-    "", "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent))"])
-def test_helpers_of_two_models_may_have_one_name(cd, capsys, tmp_path, begin):
+INSERT = "import sys, pathlib\nsys.path.insert(0, str(pathlib.Path(__file__).parent / '{}'))"
+
+
+@pytest.mark.parametrize("begin, place", [
+    ("", "."), (INSERT.format("."), "."), (INSERT.format("src"), "src")])
+def test_helpers_of_two_models_may_have_one_name(cd, capsys, tmp_path, begin, place):
     for folder, sign in (("first", 1), ("second", -1)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "helper.py").write_text(f"sign = {sign}")
+        (tmp_path / folder / place).mkdir(parents=True)
+        (tmp_path / folder / place / "helper.py").write_text(f"sign = {sign}")
         (tmp_path / folder / "own.py").write_text(begin + MODEL_FILE + """
 from helper import sign
 class Signed(Good):
@@ -3506,16 +3509,33 @@ class Signed(Good):
 
 def test_a_users_file_is_run_once_for_all_its_models(cd, capsys, tmp_path):
     (tmp_path / "own.py").write_text(
-        f"open({str(tmp_path / 'runs')!r}, 'a').write('x')" + MODEL_FILE + """
-import xmlrpc.client
-class Second(Good):
+        f"open({str(tmp_path / 'runs')!r}, 'a').write('x')" + MODEL_FILE)
+    evaluate(capsys, tmp_path / "own.py:Good", tmp_path / "own.py:OneBuffer", *READABLE)
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_installed_modules_are_not_forgotten(cd, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/installed.py").touch()
+    # A file that has an installed module's name, but is none.
+    (tmp_path / "xmlrpc.txt").touch()
+    begin = INSERT.format("site-packages") + "\nimport installed, xmlrpc.client"
+    (tmp_path / "own.py").write_text(begin + MODEL_FILE)
+    monkeypatch.delitem(sys.modules, "xmlrpc.client", raising=False)
+    evaluate(capsys, tmp_path / "own.py:Good", *READABLE)
+    assert sys.modules.keys() >= {"installed", "xmlrpc.client"} and "own" not in sys.modules
+    del sys.modules["installed"]
+
+
+def test_preprocess_may_have_weights(cd, capsys, tmp_path):
+    (tmp_path / "own.py").write_text(MODEL_FILE + """
+class Weighted(Good):
     weight = torch.nn.Parameter(torch.ones(1))
     def preprocess(self, image): return self.weight * Good.preprocess(self, image)
 """)
-    # A file that has an installed module's name, but is none.
-    (tmp_path / "xmlrpc.txt").touch()
-    evaluate(capsys, tmp_path / "own.py:Good", tmp_path / "own.py:Second", *READABLE)
-    assert (tmp_path / "runs").read_text() == "x" and "xmlrpc.client" in sys.modules
+    good, weighted = evaluate(capsys, "mine.py:Good", tmp_path / "own.py:Weighted", *READABLE)
+    assert weighted["ao"] == good["ao"]
 
 
 @pytest.mark.parametrize("name, complaint", [
